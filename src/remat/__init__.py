@@ -1,0 +1,122 @@
+"""remat: fit a PyTorch training step into a memory budget, and prove that nothing else changed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from remat.cost.devices import Device, load_devices
+    from remat.errors import (
+        ApplyError,
+        BudgetError,
+        BudgetFormatError,
+        CaptureError,
+        DataError,
+        DeviceError,
+        GateError,
+        MissingPackageError,
+        PlanFileError,
+        PlanMismatchError,
+        RematError,
+        RunError,
+        VerificationError,
+        WorkloadError,
+    )
+    from remat.evaluation.evaluate import evaluate
+    from remat.fit import auto_checkpoint, frontier, plan
+    from remat.planner.records import Hazard, Outcome, Plan, Region
+    from remat.prove.measure import measure
+    from remat.prove.records import Measurement, Simulation, Verification
+    from remat.prove.simulate import simulate
+    from remat.prove.verify import verify
+    from remat.regions.apply import Handle, apply
+    from remat.workload import Workload
+
+# Public name -> module that defines it; imported on first use, so that `import remat` loads no torch.
+_HOME = {
+    "auto_checkpoint": "remat.fit",
+    "plan": "remat.fit",
+    "frontier": "remat.fit",
+    "apply": "remat.regions.apply",
+    "Handle": "remat.regions.apply",
+    "measure": "remat.prove.measure",
+    "simulate": "remat.prove.simulate",
+    "verify": "remat.prove.verify",
+    "evaluate": "remat.evaluation.evaluate",
+    "Measurement": "remat.prove.records",
+    "Simulation": "remat.prove.records",
+    "Verification": "remat.prove.records",
+    "Hazard": "remat.planner.records",
+    "Outcome": "remat.planner.records",
+    "Plan": "remat.planner.records",
+    "Region": "remat.planner.records",
+    "Device": "remat.cost.devices",
+    "load_devices": "remat.cost.devices",
+    "Workload": "remat.workload",
+    "ApplyError": "remat.errors",
+    "BudgetError": "remat.errors",
+    "BudgetFormatError": "remat.errors",
+    "CaptureError": "remat.errors",
+    "DataError": "remat.errors",
+    "DeviceError": "remat.errors",
+    "GateError": "remat.errors",
+    "MissingPackageError": "remat.errors",
+    "PlanFileError": "remat.errors",
+    "PlanMismatchError": "remat.errors",
+    "RematError": "remat.errors",
+    "RunError": "remat.errors",
+    "VerificationError": "remat.errors",
+    "WorkloadError": "remat.errors",
+}
+
+__all__ = [
+    "auto_checkpoint",
+    "plan",
+    "frontier",
+    "apply",
+    "Handle",
+    "measure",
+    "simulate",
+    "verify",
+    "evaluate",
+    "Measurement",
+    "Simulation",
+    "Verification",
+    "Hazard",
+    "Outcome",
+    "Plan",
+    "Region",
+    "Device",
+    "load_devices",
+    "Workload",
+    "ApplyError",
+    "BudgetError",
+    "BudgetFormatError",
+    "CaptureError",
+    "DataError",
+    "DeviceError",
+    "GateError",
+    "MissingPackageError",
+    "PlanFileError",
+    "PlanMismatchError",
+    "RematError",
+    "RunError",
+    "VerificationError",
+    "WorkloadError",
+]
+
+
+def __getattr__(name: str) -> Any:  # Any: each public name has its own type
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'remat' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(__all__) | set(globals()))

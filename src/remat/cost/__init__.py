@@ -1,0 +1,1 @@
+"""Seconds and workspace bytes of each op: from a device table, or measured."""

@@ -1,0 +1,1 @@
+"""Training under several plans side by side: quality, time and memory."""

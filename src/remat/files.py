@@ -1,0 +1,85 @@
+"""Files that are never half written, and JSON records whose unknown fields are refused by path."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing_extensions import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from remat.errors import PlanFileError
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
+    """Write text under a temporary name beside `path`, then rename: a reader sees all of it or none."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+class Record(BaseModel):
+    """A frozen record that is written as JSON and read back strictly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the record as JSON; a killed run leaves the old file or none, never half of one."""
+        return write_atomically(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a record written by `save`.
+
+        Raises
+        ------
+        PlanFileError: if the file is missing, damaged, of another schema version, or has fields
+            that this version does not know; the message names the field's path.
+        """
+        what = cls.__name__
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanFileError(f"{what} file {os.fspath(path)!r} cannot be read: {error}.") from error
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PlanFileError(
+                f"{what} file {os.fspath(path)!r} is damaged: not JSON ({error}). Make it again."
+            ) from error
+        return cls.from_data(data, source=f"{what} file {os.fspath(path)!r}")
+
+    @classmethod
+    def from_data(cls, data: object, source: str) -> Self:
+        """Build the record from parsed JSON, naming `source` and the field's path on error."""
+        expected = cls.model_fields.get("schema_version")
+        if expected is not None and isinstance(data, dict):
+            version = data.get("schema_version")
+            if version != expected.default:
+                raise PlanFileError(
+                    f"{source} has schema_version {version!r}; this remat reads "
+                    f"{expected.default!r}. Make it again with this version."
+                )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the top level"
+            more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+            raise PlanFileError(
+                f"{source} is not valid at {where}: {first['msg']}{more}. "
+                f"`remat schema {cls.__name__.lower()}` prints what is expected."
+            ) from error

@@ -1,0 +1,133 @@
+"""Plans as data: what is decided for each region, what it costs, and what it was made for."""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+
+from pydantic import Field
+
+from remat.files import Record
+from remat.units import format_bytes, format_seconds
+
+
+class Outcome(str, enum.Enum):
+    """How the search for a plan ended."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    TIMED_OUT = "timed_out"
+
+    @property
+    def sentence(self) -> str:
+        """One sentence for people."""
+        return {
+            Outcome.OPTIMAL: "No plan of the kinds considered recomputes less within the budget.",
+            Outcome.FEASIBLE: "The plan keeps the budget; a cheaper one of the same kinds may exist.",
+            Outcome.TIMED_OUT: "The search ran out of time; this is the best plan found so far.",
+        }[self]
+
+
+class TensorSignature(Record):
+    """Name, shape and dtype of one parameter, buffer or batch entry."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Fingerprint(Record):
+    """What a plan was made for; applying it elsewhere is refused."""
+
+    model_class: str
+    parameters: tuple[TensorSignature, ...]
+    buffers: tuple[TensorSignature, ...]
+    batch: tuple[TensorSignature, ...]
+    device_type: str
+    training: bool
+    autocast_dtype: str | None = None
+    loss: str
+    optimizer: str | None
+    torch_version: str
+    remat_version: str
+
+
+class Region(Record):
+    """One decision: a module call whose activations are dropped and recomputed in backward."""
+
+    module: str = Field(description="Fully qualified name of the module.")
+    call: int = Field(default=0, ge=0, description="Which call of that module within one step.")
+    num_calls: int = Field(default=1, ge=1, description="Calls of that module within one step.")
+    draws_random_numbers: bool = Field(
+        default=False, description="Random state is saved and restored around the recomputation."
+    )
+    mutated_buffers: tuple[str, ...] = Field(
+        default=(), description="Buffers that the region updates; they are updated exactly once."
+    )
+    freed_bytes: int = Field(default=0, description="Bytes that the region frees at the peak.")
+    recompute_seconds: float = Field(default=0.0, description="Cost of recomputing it once.")
+    reason: str = ""
+
+
+class Hazard(Record):
+    """Something that could make training wrong or the prediction inexact, and what was done."""
+
+    code: str
+    where: str
+    message: str
+
+
+class Plan(Record):
+    """A decision for every module call of one training step, and what it will take.
+
+    `predicted_peak_bytes` is the peak of one whole training step with the plan, `breakdown` its
+    bytes by kind. `recompute_fraction` is the cost of the recomputed ops over that of the forward
+    pass, `recompute_seconds` their estimated time including the eager overhead of the regions.
+    `lower_bound_fraction` bounds what any op-level recomputation could reach, `gap` is the
+    difference. Made by `remat.plan`, applied by `remat.apply`.
+    """
+
+    schema_version: int = 1
+    fingerprint: Fingerprint
+    budget_bytes: int
+    predicted_peak_bytes: int
+    keep_all_peak_bytes: int
+    forward_seconds: float
+    step_seconds: float = Field(description="Estimated time of a step without recomputation.")
+    recompute_seconds: float
+    recompute_fraction: float
+    lower_bound_fraction: float
+    gap: float
+    outcome: Outcome
+    regions: tuple[Region, ...]
+    hazards: tuple[Hazard, ...] = ()
+    breakdown: dict[str, int] = Field(description="Bytes at the predicted peak by kind.")
+    margin_bytes: int = Field(default=0, description="Kept free for what could not be predicted.")
+    cost_source: str = Field(default="", description="Where the seconds come from.")
+    plan_seconds: float = Field(default=0.0, description="Time that planning took.")
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        from remat.planner.describe import describe_plan
+
+        return describe_plan(self)
+
+    def summary(self) -> str:
+        """One sentence: the peak, what is recomputed, and what it costs."""
+        if not self.regions:
+            return (
+                f"Nothing is recomputed: the peak of {format_bytes(self.predicted_peak_bytes)} is "
+                f"within the budget of {format_bytes(self.budget_bytes)}."
+            )
+        return (
+            f"{len(self.regions)} regions are recomputed: peak "
+            f"{format_bytes(self.predicted_peak_bytes)} instead of "
+            f"{format_bytes(self.keep_all_peak_bytes)}, for {self.recompute_fraction:.1%} of the "
+            f"forward pass again ({format_seconds(self.recompute_seconds)} per step)."
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan; see `Record.load` for the errors."""
+        return super().load(Path(path))

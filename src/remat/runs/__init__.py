@@ -1,0 +1,1 @@
+"""Runs that were recorded: where they lie, how they are listed and read."""

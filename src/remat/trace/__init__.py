@@ -1,0 +1,1 @@
+"""One training step under fake tensors, recorded as plain data."""

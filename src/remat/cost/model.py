@@ -1,0 +1,77 @@
+"""Seconds and workspace bytes of each op of a trace, from a device table or measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from remat.trace.records import Op, OpSignature, StepTrace
+
+if TYPE_CHECKING:
+    from remat.cost.devices import Device
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """What an op costs: measured where it was measured, else by the roofline of the device.
+
+    The roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) bounds an op's time from below
+    by arithmetic and by traffic: max(FLOPs / peak FLOP/s, bytes / bandwidth); the device's
+    dispatch overhead is added. `workspace` are bytes that a kernel takes for itself while it runs,
+    which fake tensors cannot show.
+    """
+
+    device: Device
+    seconds: Mapping[OpSignature, float] = field(default_factory=dict)
+    workspace: Mapping[OpSignature, int] = field(default_factory=dict)
+    is_workspace_known: bool = True
+
+    @property
+    def source(self) -> str:
+        """Where the seconds come from, for people."""
+        if self.seconds:
+            return f"measured here, {len(self.seconds)} op shapes"
+        return f"roofline of device {self.device.name!r}"
+
+    def op_seconds(self, op: Op, signature: OpSignature) -> float:
+        """Estimate the seconds of one op."""
+        measured = self.seconds.get(signature)
+        if measured is not None:
+            return measured
+        arithmetic = op.flops / self.device.flops_for(op.dtype) if op.flops else 0.0
+        traffic = 0.0 if op.is_view else op.moved_bytes / self.device.bandwidth_bytes_per_s
+        return max(arithmetic, traffic) + self.device.op_overhead_s
+
+    def workspace_bytes(self, signature: OpSignature) -> int:
+        """Return the bytes that the op's kernel takes beside its inputs and outputs."""
+        return self.workspace.get(signature, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """Seconds and workspace of each op of one trace, by position, and what regions add."""
+
+    op_seconds: tuple[float, ...]
+    op_workspace: tuple[int, ...]
+    forward_seconds: float
+    step_seconds: float
+    region_overhead_s: float
+    saved_tensor_overhead_s: float
+
+
+def cost_step(trace: StepTrace, model: CostModel) -> StepCost:
+    """Price every op of a trace."""
+    seconds = tuple(model.op_seconds(op, trace.signatures[op.signature]) for op in trace.ops)
+    return StepCost(
+        op_seconds=seconds,
+        op_workspace=tuple(
+            model.workspace_bytes(trace.signatures[op.signature]) for op in trace.ops
+        ),
+        forward_seconds=sum(
+            s for op, s in zip(trace.ops, seconds, strict=True) if op.phase == "forward"
+        ),
+        step_seconds=sum(seconds),
+        region_overhead_s=model.device.region_overhead_s,
+        saved_tensor_overhead_s=model.device.saved_tensor_overhead_s,
+    )

@@ -1,0 +1,86 @@
+"""Replay: run one recorded op by itself on made-up values of the same shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remat.trace.records import OpSignature, TensorMeta
+
+# Any: arguments of ops are of many types.
+
+
+def replay(signature: OpSignature, device: torch.device) -> Callable[[], Any] | None:
+    """Return a function that runs the op; `None` if it cannot be run alone.
+
+    Floating point inputs are random, integers zero (valid as indices), booleans true.
+    """
+    operator = find_operator(signature.name)
+    if operator is None or _holds_opaque((signature.arguments, signature.keywords)):
+        return None
+    arguments = _build(signature.arguments, device)
+    keywords = {key: _build(value, device) for key, value in signature.keywords}
+
+    def run() -> Any:
+        with torch.no_grad():
+            return operator(*arguments, **keywords)
+
+    return run
+
+
+def find_operator(name: str) -> Callable[..., Any] | None:
+    """Look an op up by the name that the trace recorded, such as `aten.mm.default`."""
+    found: Any = torch.ops
+    for part in name.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            return None
+    return found  # type: ignore[no-any-return]
+
+
+def moved_bytes(signature: OpSignature) -> int:
+    """Return the bytes of an op's tensor arguments."""
+    return sum(
+        meta.num_elements * getattr(torch, meta.dtype).itemsize
+        for meta in _metas((signature.arguments, signature.keywords))
+    )
+
+
+def _metas(value: object) -> list[TensorMeta]:
+    if isinstance(value, TensorMeta):
+        return [value]
+    if isinstance(value, tuple):
+        return [meta for item in value for meta in _metas(item)]
+    return []
+
+
+def _build(value: Any, device: torch.device) -> Any:
+    if isinstance(value, TensorMeta):
+        return _tensor(value, device)
+    if isinstance(value, tuple):
+        return [_build(item, device) for item in value]
+    if isinstance(value, str) and value.startswith("torch."):
+        return getattr(torch, value.removeprefix("torch."))
+    return value
+
+
+def _tensor(meta: TensorMeta, device: torch.device) -> Tensor:
+    dtype = getattr(torch, meta.dtype)
+    if meta.num_elements == 0:
+        return torch.empty_strided(meta.shape, meta.stride, dtype=dtype, device=device)
+    # Expanded tensors have fewer elements in memory than in their shape.
+    span = 1 + sum((n - 1) * step for n, step in zip(meta.shape, meta.stride, strict=True))
+    if dtype.is_floating_point or dtype.is_complex:
+        flat = torch.randn(span, device=device).to(dtype)
+    else:
+        flat = torch.full((span,), dtype is torch.bool, dtype=dtype, device=device)
+    return flat.as_strided(meta.shape, meta.stride)
+
+
+def _holds_opaque(value: object) -> bool:
+    if isinstance(value, tuple):
+        return any(_holds_opaque(item) for item in value)
+    return isinstance(value, str) and value.startswith("<")

@@ -1,0 +1,269 @@
+"""Options: the module calls of a trace that may be recomputed, and what each would take."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+from remat.cost.model import StepCost
+from remat.planner.records import Hazard, Region
+from remat.trace.records import BASE_KINDS, BUFFERS, FORWARD, Call, Op, StepTrace
+
+# Bytes of generator state that checkpointing keeps for each region that draws (CPU: Mersenne
+# twister, `torch.get_rng_state().numel()`); fake tensors do not show them.
+RNG_STATE_BYTES = 5056
+
+# A recomputation of these would not give the same values.
+_NOT_REPLAYABLE = {
+    "aten.rrelu_with_noise": "RReLU's noise is filled in place and lost under saved-tensor hooks "
+    "(pytorch#193671)",
+    "aten.rrelu_with_noise_": "RReLU's noise is filled in place and lost under saved-tensor hooks "
+    "(pytorch#193671)",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One module call as a region.
+
+    `first_op`..`stop_op` are recomputed when backward first reads one of its saved tensors, at
+    tick `recompute_at`; recomputation stops at the last tensor packed. `inputs` are held from
+    `start` to `release`. `replay_bytes` is the most that recomputation itself holds, `born` the
+    storages made inside whose saved handles come back as copies.
+    """
+
+    call: int
+    module: str
+    index: int
+    num_calls: int
+    parents: tuple[int, ...]
+    start: int
+    end: int
+    recompute_at: int
+    release: int
+    first_op: int
+    stop_op: int
+    seconds: float
+    overhead_seconds: float
+    inputs: tuple[int, ...]
+    replay_bytes: int
+    held_bytes: int
+    first_storage: int
+    stop_storage: int
+    draws_random_numbers: bool
+    mutated_buffers: tuple[str, ...]
+
+    def owns(self, storage: int) -> bool:
+        """Whether a storage is made inside the region."""
+        return self.first_storage <= storage < self.stop_storage
+
+    def region(self) -> Region:
+        """Return the decision to recompute this call, as data."""
+        return Region(
+            module=self.module,
+            call=self.index,
+            num_calls=self.num_calls,
+            draws_random_numbers=self.draws_random_numbers,
+            mutated_buffers=self.mutated_buffers,
+            recompute_seconds=self.seconds + self.overhead_seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OptionSet:
+    """Every option of a trace, in order of their calls, and why other calls are none."""
+
+    options: tuple[Option, ...]
+    hazards: tuple[Hazard, ...]
+
+
+def find_options(
+    trace: StepTrace, cost: StepCost, *, keep: frozenset[int] = frozenset()
+) -> OptionSet:
+    """List the module calls that may be recomputed.
+
+    Calls whose recomputation frees nothing (a linear layer saves its input, which must be held
+    anyway) and all but one of calls that save the same tensors are left out, except those in
+    `keep`.
+    """
+    finder = _Finder(trace, cost)
+    options: list[Option] = []
+    hazards: list[Hazard] = []
+    seen: dict[tuple[int, int], int] = {}
+    for number, call in enumerate(trace.calls):
+        if call.phase != FORWARD or not call.module or not call.uses_grad or call.stop_op < 0:
+            continue
+        span = finder.handle_span(call)
+        if span[0] == span[1]:
+            continue
+        reason = finder.refusal(call)
+        if reason is not None:
+            hazards.append(Hazard(code="not-replayable", where=call.module, message=reason))
+            continue
+        option = finder.option(number, call, span)
+        if option is None:
+            continue
+        if number not in keep:
+            if finder.droppable_bytes(option, span) == 0:
+                continue
+            twin = seen.get(span)
+            if twin is not None:
+                if option.seconds < options[twin].seconds:
+                    options[twin] = option
+                continue
+            seen[span] = len(options)
+        options.append(option)
+    return OptionSet(tuple(options), tuple(hazards))
+
+
+class _Finder:
+    def __init__(self, trace: StepTrace, cost: StepCost) -> None:
+        self.trace = trace
+        self.cost = cost
+        self.packs = [h.pack for h in trace.handles]
+        self.births = [s.birth for s in trace.storages]
+        self.op_ticks = [op.tick for op in trace.ops]
+        self.writes: dict[int, list[int]] = {}
+        for op in trace.ops:
+            for storage in op.mutated:
+                self.writes.setdefault(storage, []).append(op.tick)
+        self.cost_until = [0.0]
+        for seconds in cost.op_seconds:
+            self.cost_until.append(self.cost_until[-1] + seconds)
+        self.calls_of: dict[str, int] = {}
+        for call in trace.calls:
+            if call.phase == FORWARD:
+                self.calls_of[call.module] = self.calls_of.get(call.module, 0) + 1
+
+    def handle_span(self, call: Call) -> tuple[int, int]:
+        """Return which handles were packed inside a call: a run, since calls nest."""
+        return bisect_left(self.packs, call.start), bisect_right(self.packs, call.end)
+
+    def storage_span(self, call: Call) -> tuple[int, int]:
+        return bisect_right(self.births, call.start), bisect_right(self.births, call.end)
+
+    def ops(self, call: Call) -> list[Op]:
+        return self.trace.ops[call.first_op : call.stop_op]
+
+    def refusal(self, call: Call) -> str | None:
+        """Say why a call cannot be recomputed, if it cannot."""
+        first, stop = self.storage_span(call)
+        inputs = set(call.inputs)
+        outside: set[int] = set()
+        for op in self.ops(call):
+            schema = op.name.rpartition(".")[0]
+            if schema in _NOT_REPLAYABLE:
+                return f"{_NOT_REPLAYABLE[schema]}; it is kept."
+            if op.is_random and _has_generator(self.trace, op):
+                return "it draws from a generator of its own, which is not restored; it is kept."
+            for storage in op.mutated:
+                if first <= storage < stop:
+                    continue
+                if storage in inputs:
+                    return "it writes to its own input; it is kept."
+                if self.trace.storages[storage].kind != BUFFERS:
+                    return "it writes to a tensor from outside that is no buffer; it is kept."
+            outside.update(s for s in op.inputs if not first <= s < stop)
+        if call.draws_python_random:
+            return "it draws from Python's or NumPy's generator, which is not restored; it is kept."
+        release = self.trace.phase_start.get("optimizer", self.trace.num_ticks)
+        for storage in inputs | outside:
+            if self.trace.storages[storage].kind == BUFFERS:
+                continue
+            if any(call.end < tick < release for tick in self.writes.get(storage, ())):
+                return "what it reads is written to later, before backward; it is kept."
+        return None
+
+    def option(self, number: int, call: Call, span: tuple[int, int]) -> Option | None:
+        """Describe a call as a region; `None` if backward reads nothing that it saved."""
+        handles = self.trace.handles[span[0] : span[1]]
+        unpacked = [h.unpack for h in handles if h.unpack >= 0]
+        if not unpacked:
+            return None
+        stop_op = max(h.ops_before for h in handles)
+        ops = self.ops(call)
+        first, stop = self.storage_span(call)
+        names = dict.fromkeys(
+            name
+            for op in ops
+            for storage in op.mutated
+            for name in self.trace.buffer_names.get(storage, ())[:1]
+        )
+        snapshot = sum(
+            self.trace.storages[s].size_bytes
+            for s in {s for op in ops for s in op.mutated if s in self.trace.buffer_names}
+        )
+        draws = any(op.is_random for op in ops)
+        parents = []
+        parent = call.parent
+        while parent >= 0:
+            parents.append(parent)
+            parent = self.trace.calls[parent].parent
+        return Option(
+            call=number,
+            module=call.module,
+            index=call.index,
+            num_calls=self.calls_of[call.module],
+            parents=tuple(parents),
+            start=call.start,
+            end=call.end,
+            recompute_at=min(unpacked),
+            release=max(h.end for h in handles),
+            first_op=call.first_op,
+            stop_op=stop_op,
+            seconds=self.cost_until[stop_op] - self.cost_until[call.first_op],
+            overhead_seconds=self.cost.region_overhead_s
+            + self.cost.saved_tensor_overhead_s * len(handles),
+            inputs=tuple(s for s in call.inputs if self.trace.storages[s].kind not in BASE_KINDS),
+            replay_bytes=self._replay_bytes(call, stop_op, span, (first, stop)),
+            held_bytes=snapshot + (RNG_STATE_BYTES if draws else 0),
+            first_storage=first,
+            stop_storage=stop,
+            draws_random_numbers=draws,
+            mutated_buffers=tuple(names),
+        )
+
+    def _replay_bytes(
+        self, call: Call, stop_op: int, span: tuple[int, int], storages: tuple[int, int]
+    ) -> int:
+        """Return the most bytes that running the region again holds beside what is alive then."""
+        if stop_op <= call.first_op:
+            return 0
+        last = self.op_ticks[stop_op - 1]
+        changes: dict[int, int] = {}
+        packed: dict[int, int] = {}
+        for handle in self.trace.handles[span[0] : span[1]]:
+            packed.setdefault(handle.storage, handle.pack)
+        for number in range(*storages):
+            storage = self.trace.storages[number]
+            if storage.birth > last:
+                continue
+            dead = max((d for b, d in storage.intervals if b <= last), default=storage.birth)
+            if number in packed:
+                dead = last if packed[number] <= dead + 1 or packed[number] <= last else dead
+            changes[storage.birth] = changes.get(storage.birth, 0) + storage.size_bytes
+            changes[dead + 1] = changes.get(dead + 1, 0) - storage.size_bytes
+        for position in range(call.first_op, stop_op):
+            workspace = self.cost.op_workspace[position]
+            if workspace:
+                tick = self.op_ticks[position]
+                changes[tick] = changes.get(tick, 0) + workspace
+                changes[tick + 1] = changes.get(tick + 1, 0) - workspace
+        alive = most = 0
+        for tick in sorted(changes):
+            alive += changes[tick]
+            most = max(most, alive)
+        return most
+
+    def droppable_bytes(self, option: Option, span: tuple[int, int]) -> int:
+        """Return the bytes made inside that only saved tensors hold at some time in between."""
+        owned = {
+            h.storage for h in self.trace.handles[span[0] : span[1]] if option.owns(h.storage)
+        }
+        return sum(self.trace.storages[s].size_bytes for s in owned)
+
+
+def _has_generator(trace: StepTrace, op: Op) -> bool:
+    signature = trace.signatures[op.signature]
+    values = (*signature.arguments, *(value for _, value in signature.keywords))
+    return any(isinstance(v, str) and v == "<Generator>" for v in values)

@@ -1,0 +1,159 @@
+"""Rows: memory at one tick as a linear expression of the decisions.
+
+NOTE [ Alive as an expression ]
+Decisions x are 0 or 1, and at most one option is chosen among those that contain a call. A storage
+that only saved tensors and regions hold is alive at a tick if any holder holds it:
+- a tensor saved inside options A that are all dropped at the tick holds it as 1 - sum(x[a]);
+- a region r that reads it holds it as x[r].
+If r is in A, the two together are 1 - sum(x[a] for a in A without r), because at most one of A is
+chosen. Several expressions that remain are joined by a variable z >= each of them, and a storage
+counts once however many hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from remat.planner.options import Option
+from remat.planner.timeline import Timeline
+from remat.trace.records import BASE_KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """constant + sum(coefficient * x[option]), with every coefficient +1 or -1."""
+
+    constant: int
+    plus: frozenset[int] = frozenset()
+    minus: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Row:
+    """Bytes at one tick: constant + sum(bytes * x) + sum(bytes * z), z the joins of expressions."""
+
+    tick: int
+    constant: int
+    coefficients: dict[int, int] = field(default_factory=dict)
+    joins: dict[frozenset[Linear], int] = field(default_factory=dict)
+
+    def add(self, position: int, size: int) -> None:
+        """Add bytes that are there if an option is chosen."""
+        self.coefficients[position] = self.coefficients.get(position, 0) + size
+
+    def add_linear(self, expression: Linear, size: int) -> None:
+        """Add bytes times an expression."""
+        self.constant += expression.constant * size
+        for position in expression.plus:
+            self.add(position, size)
+        for position in expression.minus:
+            self.add(position, -size)
+
+
+class RowBuilder:
+    """Write the memory at any tick as a row; see NOTE [ Alive as an expression ]."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+        self.options = timeline.options
+        storages = timeline.trace.storages
+        self._numbers = np.array(
+            [i for i, s in enumerate(storages) if s.kind not in BASE_KINDS], dtype=np.int64
+        )
+        spans = [self._span(int(i)) for i in self._numbers]
+        self._first = np.array([a for a, _ in spans], dtype=np.int64)
+        self._last = np.array([b for _, b in spans], dtype=np.int64)
+        self._parents = [frozenset(o.parents) for o in self.options]
+
+    def row(self, tick: int) -> Row:
+        """Return the row of a tick; at a recomputation, with the working set of what runs then."""
+        timeline = self.timeline
+        row = Row(tick, timeline.base_bytes + int(timeline.workspace[tick]))
+        for number in self._numbers[(self._first <= tick) & (tick <= self._last)]:
+            self._add_storage(row, int(number))
+        for position, option in enumerate(self.options):
+            if option.held_bytes and option.start <= tick <= option.release:
+                row.add(position, option.held_bytes)
+            if option.recompute_at == tick:
+                row.add(position, option.replay_bytes)
+        return row
+
+    def _span(self, storage: int) -> tuple[int, int]:
+        """Return the ticks between which a storage may be alive under any plan."""
+        record = self.timeline.trace.storages[storage]
+        ends = [end for _, end in record.intervals]
+        ends += [
+            self.timeline.trace.handles[n].end for n in self.timeline.handles_of.get(storage, ())
+        ]
+        ends += [self.options[p].release for p in self.timeline.readers.get(storage, ())]
+        return record.birth, max(ends, default=record.birth)
+
+    def _add_storage(self, row: Row, storage: int) -> None:
+        tick, size = row.tick, self.timeline.trace.storages[storage].size_bytes
+        record = self.timeline.trace.storages[storage]
+        if any(start <= tick <= end for start, end in record.intervals):
+            held_naturally = True
+        else:
+            held_naturally = False
+        saved: set[frozenset[int]] = set()
+        copies: set[int] = set()
+        for number in self.timeline.handles_of.get(storage, ()):
+            handle = self.timeline.trace.handles[number]
+            if not handle.pack <= tick <= handle.end:
+                continue
+            dropped = []
+            for position in self.timeline.around(handle.call):
+                option = self.options[position]
+                owns = option.owns(storage)
+                if owns or tick <= option.recompute_at:
+                    dropped.append(position)
+                if owns and tick > option.recompute_at:
+                    copies.add(position)
+            saved.add(frozenset(dropped))
+        for position in copies:
+            row.add(position, size)
+        if held_naturally:
+            row.constant += size
+            return
+        readers = {
+            p
+            for p in self.timeline.readers.get(storage, ())
+            if self.options[p].start <= tick <= self.options[p].release
+        }
+        expressions = self._simplify(saved, readers)
+        if len(expressions) == 1:
+            row.add_linear(expressions[0], size)
+        elif expressions:
+            key = frozenset(expressions)
+            row.joins[key] = row.joins.get(key, 0) + size
+
+    def _simplify(self, saved: set[frozenset[int]], readers: set[int]) -> list[Linear]:
+        absorbed = {r for r in readers for dropped in saved if r in dropped}
+        saved = {dropped - readers for dropped in saved}
+        if frozenset() in saved:
+            return [Linear(1)]
+        minimal = [d for d in saved if not any(other < d for other in saved)]
+        expressions = [Linear(1, minus=dropped) for dropped in minimal]
+        return expressions + [
+            Linear(0, plus=frozenset(chain)) for chain in self._chains(readers - absorbed)
+        ]
+
+    def _chains(self, positions: Iterable[int]) -> list[list[int]]:
+        """Group options that contain one another: at most one of a chain is chosen."""
+        chains: list[list[int]] = []
+        for position in sorted(positions):
+            for chain in chains:
+                if all(self._nested(position, other) for other in chain):
+                    chain.append(position)
+                    break
+            else:
+                chains.append([position])
+        return chains
+
+    def _nested(self, a: int, b: int) -> bool:
+        first: Option = self.options[a]
+        second: Option = self.options[b]
+        return second.call in self._parents[a] or first.call in self._parents[b]

@@ -1,0 +1,66 @@
+"""The allocator's own record of a step: exact bytes on the CPU, peak statistics on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from remat.cost.allocations import most_allocated
+from remat.trace.standin import map_tensors
+
+CPU_SOURCE = "CPU allocator events of the autograd profiler"
+CUDA_SOURCE = "torch.cuda.max_memory_allocated"
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Most bytes alive during a step, those alive before it, and who counted."""
+
+    peak_bytes: int
+    base_bytes: int
+    source: str
+
+
+def live_bytes(tensors: Iterable[Tensor]) -> int:
+    """Sum the storages behind tensors, each once."""
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def step_tensors(
+    model: nn.Module, batch: object, optimizer: torch.optim.Optimizer | None
+) -> list[Tensor]:
+    """List what is alive before a step: parameters, buffers, batch and optimizer state."""
+    found: list[Tensor] = [*model.parameters(), *model.buffers()]
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(batch, note)
+    for state in optimizer.state.values() if optimizer is not None else ():
+        if isinstance(state, dict):
+            found.extend(value for value in state.values() if isinstance(value, Tensor))
+    return found
+
+
+def record_peak(step: Callable[[], object], alive: list[Tensor], device: torch.device) -> Peak:
+    """Run a step and return its peak, `alive` included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        # What others hold on the device (a snapshot, another model) is not this step's.
+        base = live_bytes(t for t in alive if t.device.type == "cuda")
+        peak = torch.cuda.max_memory_allocated(device) - before + base
+        return Peak(peak, base, CUDA_SOURCE)
+    base = live_bytes(alive)
+    return Peak(base + most_allocated(step), base, CPU_SOURCE)

@@ -1,0 +1,139 @@
+"""Measure: a few real training steps, their peak by the allocator's record and their times."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remat.errors import WorkloadError
+from remat.prove.allocator import record_peak, step_tensors
+from remat.prove.records import Measurement
+from remat.trace.standin import map_tensors, random_states, restore_random_states
+from remat.trace.step import (
+    DEFAULT_OPTIMIZER,
+    Loss,
+    OptimizerLike,
+    check_model,
+    compute_loss,
+    make_optimizer,
+)
+
+# Any: batches are the user's own types.
+
+
+def measure(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
+    steps: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measurement:
+    """Run real training steps as the model stands, with a plan on or not.
+
+    One step warms up (and makes the optimizer's state), `steps` are timed, and one more is recorded
+    for its peak. Gradients are set to none before each step. Parameters, buffers, gradients and
+    random state are put back at the end.
+
+    Raises
+    ------
+    WorkloadError: if the model, batch, loss or optimizer makes no training step, or is abstract.
+    """
+    check_model(model)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise WorkloadError(f"steps must be an integer >= 1, got {steps!r}.")
+    device = check_real(model, batch)
+    with restored(model):
+        stepper = make_optimizer(optimizer, model)
+        losses: list[float] = []
+
+        def step() -> None:
+            value = compute_loss(model, batch, loss)
+            value.backward()
+            if stepper is not None:
+                stepper.step()
+            losses.append(float(value.detach()))
+
+        def clear() -> None:
+            model.zero_grad(set_to_none=True)
+
+        clear()
+        step()
+        seconds = []
+        for _ in range(steps):
+            clear()
+            _wait(device)
+            begin = clock()
+            step()
+            _wait(device)
+            seconds.append(clock() - begin)
+        clear()
+        peak = record_peak(step, step_tensors(model, batch, stepper), device)
+    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    return Measurement(
+        peak_bytes=peak.peak_bytes,
+        base_bytes=peak.base_bytes,
+        step_seconds=tuple(seconds),
+        median_seconds=statistics.median(seconds),
+        iqr_seconds=quartiles[2] - quartiles[0],
+        losses=tuple(losses),
+        device=str(device),
+        source=peak.source,
+    )
+
+
+def check_real(model: nn.Module, batch: Any) -> torch.device:
+    """Return the model's device; refuse models and batches without values.
+
+    Raises
+    ------
+    WorkloadError: for meta and fake tensors.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    tensors = step_tensors(model, batch, None)
+    if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors):
+        raise WorkloadError(
+            "the model or batch has no values (meta or fake tensors), so no real step can run: "
+            "plan and simulate accept it, measure and verify need real tensors."
+        )
+    devices = {t.device for t in model.parameters()}
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put parameters, buffers, gradients and random state back, bit for bit."""
+    named: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    values = {key: tensor.detach().to("cpu", copy=True) for key, tensor in named.items()}
+    gradients = {id(p): p.grad for p in model.parameters()}
+    generators = random_states()
+    # A step adds to gradients in place; the user's stay aside until the end.
+    for parameter in model.parameters():
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key, tensor in named.items():
+                tensor.copy_(values[key])
+        for parameter in model.parameters():
+            parameter.grad = gradients[id(parameter)]
+        restore_random_states(generators)
+
+
+def snapshot(value: Any) -> Any:
+    """Copy every tensor of a nested value."""
+    return map_tensors(value, lambda tensor: tensor.detach().clone())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

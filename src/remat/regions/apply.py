@@ -1,0 +1,130 @@
+"""Apply: put a plan's regions onto a model, and take them off again."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from remat.errors import ApplyError, PlanMismatchError
+from remat.planner.records import Plan, Region
+from remat.regions.fingerprint import check_model_matches
+from remat.regions.runtime import RegionRuntime, StepClock, region_forward
+
+
+class Handle:
+    """The plan on a model; `remove()` restores the model exactly, and may be called again.
+
+    Also a context manager: the plan holds inside the `with` block.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model = model
+        self.plan = plan
+
+    def remove(self) -> None:
+        """Take the plan off the model."""
+        remove(self.model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<remat.Handle: {self.plan.summary()}>"
+
+
+def apply(model: nn.Module, plan: Plan) -> Handle:
+    """Put a plan onto a model, without a change to its code, class, names or `state_dict`.
+
+    The regions hold wherever gradients are recorded; under `torch.no_grad()` the model runs as it
+    is. The model can be saved, loaded, copied and pickled with the plan on.
+
+    Raises
+    ------
+    PlanMismatchError: if the plan was made for another model or version; names the difference.
+    ApplyError: if a plan is on the model already.
+
+    Example
+    -------
+    ```python
+    handle = remat.apply(model, plan)
+    ...  # train as before
+    handle.remove()
+    ```
+    """
+    check_model_matches(model, plan.fingerprint)
+    install(model, plan.regions)
+    return Handle(model, plan)
+
+
+def is_applied(model: nn.Module) -> bool:
+    """Whether a plan is on the model."""
+    return any(_runtime(module) is not None for module in model.modules())
+
+
+def remove(model: nn.Module) -> None:
+    """Take any plan off a model, also off a copy of one that has a handle."""
+    for module in model.modules():
+        runtime = _runtime(module)
+        if runtime is None:
+            continue
+        if runtime.replaced is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = runtime.replaced
+
+
+def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
+    """Put regions onto a model; `remove` takes them off."""
+    if is_applied(model):
+        raise ApplyError(
+            "a plan is on this model already: call handle.remove() before applying another."
+        )
+    modules = dict(model.named_modules())
+    buffers = _buffer_homes(model)
+    by_module: dict[str, list[Region]] = {}
+    for region in regions:
+        by_module.setdefault(region.module, []).append(region)
+    missing = next((name for name in by_module if name not in modules), None)
+    if missing is not None:
+        raise PlanMismatchError(f"the plan recomputes module {missing!r}, which the model has not.")
+    clock = StepClock()
+    for name, chosen in by_module.items():
+        module = modules[name]
+        calls = frozenset(region.call for region in chosen)
+        num_calls = chosen[0].num_calls
+        mutated = dict.fromkeys(b for region in chosen for b in region.mutated_buffers)
+        runtime = RegionRuntime(
+            clock=clock,
+            calls=None if len(calls) == num_calls else calls,
+            num_calls=num_calls,
+            preserve_rng_state=any(region.draws_random_numbers for region in chosen),
+            buffers=tuple(home for b in mutated for home in buffers[b]),
+            replaced=module.__dict__.get("forward"),
+        )
+        module.__dict__["forward"] = functools.partial(region_forward, module, runtime)
+
+
+def _buffer_homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Map each buffer's name to every (module, attribute) that holds the same tensor."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    names: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                homes.setdefault(id(buffer), []).append((module, name))
+                names[f"{prefix}.{name}" if prefix else name] = id(buffer)
+    return {name: homes[key] for name, key in names.items()}
+
+
+def _runtime(module: nn.Module) -> RegionRuntime | None:
+    forward: Any = module.__dict__.get("forward")  # Any: users put what they like there
+    if isinstance(forward, functools.partial) and forward.func is region_forward:
+        runtime = forward.args[1]
+        assert isinstance(runtime, RegionRuntime)
+        return runtime
+    return None

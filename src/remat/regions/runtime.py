@@ -1,0 +1,187 @@
+"""What runs in place of a region's forward: checkpointing that updates and draws exactly once."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Any: a module's arguments and results are the user's own.
+
+_thread = threading.local()
+
+
+def is_recomputing() -> bool:
+    """Whether this thread is inside a region's recomputation."""
+    return getattr(_thread, "depth", 0) > 0
+
+
+@dataclass
+class StepClock:
+    """Shared by the regions of one plan: which forward we are in.
+
+    The first recomputation after a forward tells that the step has reached its backward; calls
+    seen after it belong to the next step.
+    """
+
+    step: int = 0
+    in_backward: bool = False
+
+    def note_forward(self) -> int:
+        """Return the number of the present step."""
+        if self.in_backward:
+            self.in_backward = False
+            self.step += 1
+        return self.step
+
+
+@dataclass
+class RegionRuntime:
+    """How one module's forward is run under a plan.
+
+    `calls` are the calls within a step that are recomputed, of `num_calls` in all; `None` is all
+    of them. `buffers` are (module, name) pairs that the forward updates. `replaced` is a forward
+    that the instance already had, which the region wraps and `remove` puts back.
+    """
+
+    clock: StepClock
+    calls: frozenset[int] | None = None
+    num_calls: int = 1
+    preserve_rng_state: bool = False
+    buffers: tuple[tuple[nn.Module, str], ...] = ()
+    replaced: Callable[..., Any] | None = None
+    _step: int = -1
+    _count: int = 0
+
+    def is_selected(self) -> bool:
+        """Whether the call that begins now is one that the plan recomputes."""
+        if self.calls is None:
+            return True
+        step = self.clock.note_forward()
+        if step != self._step:
+            self._step, self._count = step, 0
+        index = self._count % self.num_calls
+        self._count += 1
+        return index in self.calls
+
+
+def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwargs: Any) -> Any:
+    """Run a module's forward as a checkpointed region where the plan says so."""
+    forward = runtime.replaced or types.MethodType(type(module).forward, module)
+    if not torch.is_grad_enabled() or is_recomputing() or not runtime.is_selected():
+        return forward(*args, **kwargs)
+    options: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        hooked = [m for m in module.modules() if m is not module and _has_hooks(m)]
+        if runtime.buffers or runtime.calls is not None or hooked:
+            options["context_fn"] = functools.partial(_contexts, runtime, tuple(hooked))
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=runtime.preserve_rng_state,
+        **options,
+        **kwargs,
+    )
+
+
+def _contexts(
+    runtime: RegionRuntime, hooked: tuple[nn.Module, ...]
+) -> tuple[_FirstRun, _Recomputation]:
+    first = _FirstRun(runtime, hooked)
+    return first, _Recomputation(runtime, first)
+
+
+class _FirstRun:
+    """Around the region's forward: keep what the recomputation must start from."""
+
+    def __init__(self, runtime: RegionRuntime, hooked: tuple[nn.Module, ...]) -> None:
+        self._runtime = runtime
+        self._hooks = [table for module in hooked for table in _hook_tables(module)]
+        self._saved: list[dict[int, Any]] = []
+        self.observers: set[tuple[int, int]] = set()
+        self.buffers: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self.buffers = [
+            module._buffers[name].detach().clone()  # type: ignore[union-attr]
+            for module, name in self._runtime.buffers
+        ]
+        self._saved = [dict(table) for table in self._hooks]
+        for table in self._hooks:
+            for key, hook in list(table.items()):
+                if not (getattr(hook, "__module__", None) or "").startswith("torch."):
+                    table[key] = functools.partial(self._observe, (id(table), key), hook)
+
+    def _observe(self, key: tuple[int, int], hook: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        result = hook(*args, **kw)
+        if result is None:
+            self.observers.add(key)
+        else:
+            self.observers.discard(key)
+        return result
+
+    def __exit__(self, *_: object) -> None:
+        for table, before in zip(self._hooks, self._saved, strict=True):
+            for key in before.keys() & table.keys():
+                table[key] = before[key]
+
+    @property
+    def hook_tables(self) -> list[dict[int, Any]]:
+        """The tables of user hooks inside the region."""
+        return self._hooks
+
+
+class _Recomputation:
+    """Around the recomputation: start from the same buffers, and let nothing happen twice.
+
+    Buffers are swapped for their values from before the forward, which the recomputation may
+    update, and then swapped back. User hooks that returned nothing have had their one call.
+    """
+
+    def __init__(self, runtime: RegionRuntime, first: _FirstRun) -> None:
+        self._runtime = runtime
+        self._first = first
+        self._live: list[Tensor | None] = []
+        self._silenced: list[tuple[dict[int, Any], int, Any]] = []
+
+    def __enter__(self) -> None:
+        _thread.depth = getattr(_thread, "depth", 0) + 1
+        self._runtime.clock.in_backward = True
+        for (module, name), value in zip(self._runtime.buffers, self._first.buffers, strict=True):
+            self._live.append(module._buffers[name])
+            module._buffers[name] = value
+        for table in self._first.hook_tables:
+            for key, hook in list(table.items()):
+                if (id(table), key) in self._first.observers:
+                    self._silenced.append((table, key, hook))
+                    table[key] = _do_nothing
+
+    def __exit__(self, *_: object) -> None:
+        for (module, name), value in zip(self._runtime.buffers, self._live, strict=True):
+            module._buffers[name] = value
+        for table, key, hook in self._silenced:
+            table[key] = hook
+        self._live.clear()
+        self._silenced.clear()
+        _thread.depth -= 1
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _hook_tables(module: nn.Module) -> Iterator[dict[int, Any]]:
+    yield module._forward_pre_hooks
+    yield module._forward_hooks
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

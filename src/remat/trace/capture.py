@@ -1,0 +1,318 @@
+"""Capture: run one whole training step under fake tensors and return its record."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from remat.errors import CaptureError, RematError, WorkloadError
+from remat.trace.recorder import Recorder, python_random_state
+from remat.trace.records import (
+    BACKWARD,
+    BASE_KINDS,
+    BATCH,
+    BUFFERS,
+    FORWARD,
+    GRADIENTS,
+    OPTIMIZER,
+    OPTIMIZER_STATE,
+    PARAMETERS,
+    StepTrace,
+)
+from remat.trace.standin import FakeFactory, map_tensors, swap_tensors, untouched
+from remat.trace.step import (
+    DEFAULT_OPTIMIZER,
+    Loss,
+    OptimizerLike,
+    check_model,
+    compute_loss,
+    make_optimizer,
+)
+
+# Any: batches are the user's own types.
+
+_log = logging.getLogger(__name__)
+
+_NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+
+def capture(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
+    drop_saved: bool = True,
+    device: torch.device | None = None,
+) -> StepTrace:
+    """Record one training step: forward, loss, backward and a warm optimizer step.
+
+    The step runs on fake tensors, so no activation is allocated. Control flow that depends on
+    integer or boolean inputs follows their values; where it depends on computed floating point
+    values, the step is traced with real tensors on a copy of the model, after a warning. The model
+    is left exactly as found, also when its forward raises.
+
+    Arguments
+    ---------
+    drop_saved: separate what autograd holds from what the program holds (see `Recorder`).
+    device: where tensors of the meta device are taken to live; default the CPU.
+
+    Raises
+    ------
+    WorkloadError: for a model, batch, loss or optimizer that makes no training step.
+    CaptureError: for a step that cannot be traced.
+    """
+    check_model(model)
+    run = functools.partial(
+        _capture, model, batch, loss=loss, optimizer=optimizer, drop_saved=drop_saved
+    )
+    try:
+        return run(fake=True, device=device or torch.device("cpu"))
+    except _NEEDS_VALUES as error:
+        if _is_abstract(model, batch):
+            raise CaptureError(
+                f"the step's control flow depends on computed values ({_first_line(error)}), and "
+                "the model or batch has none (meta or fake tensors): pass real tensors, on a "
+                "small batch."
+            ) from error
+        message = (
+            "the step's control flow depends on computed values, so it was traced with real "
+            f"tensors on a copy of the model ({_first_line(error)}). The plan holds for batches "
+            "that take the same path."
+        )
+        _log.warning("%s", message)
+    trace = run(fake=False, device=None)
+    trace.notes.append(message)
+    return trace
+
+
+def _capture(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None,
+    optimizer: OptimizerLike,
+    drop_saved: bool,
+    fake: bool,
+    device: torch.device | None,
+) -> StepTrace:
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    recorder = Recorder(mode, drop_saved=drop_saved)
+    translate: Callable[[Tensor], Tensor]
+    with contextlib.ExitStack() as stack:
+        if mode is not None:
+            stack.enter_context(untouched(model))
+            translate = FakeFactory(mode, device or torch.device("cpu"))
+            swap_tensors(model, translate)
+            batch = map_tensors(batch, translate)
+            stack.enter_context(_branches_as_on_real_tensors())
+            stack.enter_context(mode)
+            stack.enter_context(_random_state_in_sight())
+        else:
+            stack.enter_context(untouched(model))
+            memo: dict[int, Any] = {}
+            model = copy.deepcopy(model, memo)
+            model.zero_grad(set_to_none=True)
+            batch = map_tensors(batch, lambda t: t.detach().clone())
+            translate = lambda t: memo.get(id(t), t)  # noqa: E731
+        buffer_names = _register_base(recorder, model, batch)
+        stack.enter_context(_recorded_calls(recorder, model))
+        optimizer_object = make_optimizer(optimizer, model, translate)
+        try:
+            _run(recorder, model, batch, loss, optimizer_object)
+        except (*_NEEDS_VALUES, RematError):
+            raise
+        except Exception as error:
+            raise WorkloadError(_explain(error, recorder)) from error
+        finally:
+            recorder.recording = False
+    return StepTrace(
+        ops=recorder.ops,
+        storages=recorder.storages,
+        handles=recorder.handles,
+        calls=recorder.calls,
+        signatures=list(recorder.signatures),
+        num_ticks=recorder.tick + 1,
+        phase_start=recorder.phase_start,
+        buffer_names=buffer_names,
+        parameter_storages=frozenset(
+            i for i, s in enumerate(recorder.storages) if s.kind == PARAMETERS
+        ),
+        device_type=_device_type(model, batch),
+    )
+
+
+def _run(
+    recorder: Recorder,
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Run the step under the recorder; the optimizer's first step only makes its state."""
+    with recorder:
+        recorder.begin(FORWARD)
+        with torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack):
+            value = compute_loss(model, batch, loss)
+        recorder.begin(BACKWARD)
+        value.backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                index = recorder.register(parameter.grad, GRADIENTS)
+                recorder.storages[index].kind = GRADIENTS
+        if optimizer is not None:
+            recorder.recording = False
+            optimizer.step()
+            for state in optimizer.state.values():
+                for tensor in state.values() if isinstance(state, dict) else ():
+                    if isinstance(tensor, Tensor):
+                        index = recorder.register(tensor, OPTIMIZER_STATE)
+                        if recorder.storages[index].kind not in BASE_KINDS:
+                            recorder.storages[index].kind = OPTIMIZER_STATE
+            recorder.recording = True
+        recorder.begin(OPTIMIZER)
+        if optimizer is not None:
+            optimizer.step()
+        recorder.tick += 1
+        recorder.close()
+        del value
+
+
+def _register_base(
+    recorder: Recorder, model: nn.Module, batch: Any
+) -> dict[int, tuple[str, ...]]:
+    """Note what lives through the whole step; return the names of the buffers by storage."""
+    for parameter in model.parameters():
+        recorder.register(parameter, PARAMETERS)
+    names: dict[int, tuple[str, ...]] = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        index = recorder.register(buffer, BUFFERS)
+        names[index] = (*names.get(index, ()), name)
+
+    def note(tensor: Tensor) -> Tensor:
+        recorder.register(tensor, BATCH)
+        return tensor
+
+    map_tensors(batch, note)
+    return names
+
+
+@contextlib.contextmanager
+def _recorded_calls(recorder: Recorder, model: nn.Module) -> Iterator[None]:
+    """Wrap each module's forward so that the recorder sees calls begin and end."""
+    saved = [(module, module.__dict__.get("forward")) for module in model.modules()]
+    for name, module in model.named_modules():
+        module.__dict__["forward"] = functools.partial(
+            _recorded_forward, recorder, name, module.forward
+        )
+    try:
+        yield
+    finally:
+        for module, before in saved:
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
+
+
+def _recorded_forward(
+    recorder: Recorder, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    if not recorder.recording:
+        return forward(*args, **kwargs)
+    index = recorder.enter_call(name, (args, kwargs))
+    before = python_random_state()
+    try:
+        output = forward(*args, **kwargs)
+        recorder.leave_call(index, output, before)
+    finally:
+        recorder.call_stack.remove(index)
+    return output
+
+
+@contextlib.contextmanager
+def _branches_as_on_real_tensors() -> Iterator[None]:
+    """Keep libraries from taking another branch because a tensor is fake.
+
+    Transformers builds attention masks for fake tensors that it does not build for real ones
+    (48 MiB on a 16-layer Llama); its test for fakes is switched off while tracing.
+    """
+    utilities = sys.modules.get("transformers.utils.import_utils")
+    original = getattr(utilities, "is_fake_tensor", None)
+    if utilities is None or original is None:
+        yield
+        return
+    utilities.is_fake_tensor = lambda _: False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        utilities.is_fake_tensor = original  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _random_state_in_sight() -> Iterator[None]:
+    """Let saved random states be fake tensors, so that the record counts their bytes.
+
+    Checkpointing keeps one for each region that draws; fake random ops draw nothing.
+    """
+    get, put = torch.get_rng_state, torch.set_rng_state
+    size = get().numel()
+    torch.get_rng_state = lambda: torch.empty(size, dtype=torch.uint8)
+    torch.set_rng_state = lambda _: None
+    try:
+        yield
+    finally:
+        torch.get_rng_state, torch.set_rng_state = get, put
+
+
+def _is_abstract(model: nn.Module, batch: Any) -> bool:
+    found: list[Tensor] = [*model.parameters(), *model.buffers()]
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(batch, note)
+    return any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in found)
+
+
+def _device_type(model: nn.Module, batch: Any) -> str:
+    for parameter in model.parameters():
+        return "cpu" if parameter.device.type == "meta" else parameter.device.type
+    return "cpu"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _explain(error: Exception, recorder: Recorder) -> str:
+    """Say in which phase and module a step failed."""
+    stack = [recorder.calls[i].module for i in recorder.call_stack] or [
+        c.module for c in recorder.calls[-1:]
+    ]
+    where = f", last in module {stack[-1]!r}" if stack and stack[-1] else ""
+    return (
+        f"the training step failed in {recorder.phase}{where}: {type(error).__name__}: "
+        f"{_first_line(error)}. Check that the model accepts this batch and that loss= fits both."
+    )

@@ -1,0 +1,412 @@
+"""A dispatch mode that writes down every op of a training step, with births and deaths of memory."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import flop_registry
+
+from remat.trace.records import (
+    ACTIVATIONS,
+    FORWARD,
+    TEMPORARIES,
+    Call,
+    Handle,
+    Op,
+    OpSignature,
+    Storage,
+    TensorMeta,
+)
+
+# Any: arguments of ops and modules are whatever torch and the user pass.
+
+# Integers and booleans up to this size are followed by value, so that masks, lengths and positions
+# steer the traced program as they steer the real one.
+SHADOW_LIMIT = 1 << 20
+
+_SCALAR = torch.ops.aten._local_scalar_dense.default
+
+
+class Packed:
+    """What autograd keeps in place of a saved tensor; its death is the tensor's release."""
+
+    __slots__ = ("_recorder", "handle", "restore")
+
+    def __init__(self, recorder: Recorder, handle: Handle, restore: Callable[[], Tensor]) -> None:
+        self._recorder = recorder
+        self.handle = handle
+        self.restore = restore
+
+    def __del__(self) -> None:
+        self.handle.end = max(self.handle.end, self._recorder.tick)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Walk the tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+class Recorder(TorchDispatchMode):
+    """Record ops, storages and saved tensors while active.
+
+    Works above `FakeTensorMode` (nothing is allocated) and on real tensors. `drop_saved` replaces
+    tensors saved for backward by stand-ins, so that the trace separates what autograd holds from
+    what the program holds; the timeline of any plan then follows from one trace.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode | None, *, drop_saved: bool) -> None:
+        super().__init__()
+        self.fake_mode = fake_mode
+        self.drop_saved = drop_saved
+        self.recording = True
+        self.phase = FORWARD
+        self.tick = 0
+        self.ops: list[Op] = []
+        self.storages: list[Storage] = []
+        self.handles: list[Handle] = []
+        self.calls: list[Call] = []
+        self.signatures: dict[OpSignature, int] = {}
+        self.call_stack: list[int] = []
+        self.phase_start: dict[str, int] = {}
+        self._live: dict[int, int] = {}  # address of a storage -> id
+        self._watchers: dict[int, weakref.ref[Any]] = {}
+        self._call_counts: dict[str, int] = {}
+
+    # -- storages ---------------------------------------------------------------------------------
+
+    def register(self, tensor: Tensor, kind: str) -> int:
+        """Return the id of a tensor's storage, noting its birth if it is new."""
+        storage = tensor.untyped_storage()
+        known = self._live.get(storage._cdata)
+        if known is not None:
+            return known
+        index = len(self.storages)
+        call = self.call_stack[-1] if self.call_stack else -1
+        self.storages.append(Storage(storage.nbytes(), kind, self.tick, call))
+        self._watch(storage, index, None)
+        return index
+
+    def _watch(self, storage: Any, index: int, handle: Handle | None) -> None:
+        address = storage._cdata
+        self._live[address] = index
+        birth = self.tick
+
+        def died(_: object) -> None:
+            self._live.pop(address, None)
+            self._watchers.pop(address, None)
+            if handle is None:
+                self.storages[index].intervals.append((birth, self.tick))
+            else:
+                handle.end = max(handle.end, self.tick)
+
+        self._watchers[address] = weakref.ref(storage, died)
+
+    def close(self) -> None:
+        """End the record: what is alive now stays alive to the last tick."""
+        for address, index in list(self._live.items()):
+            if address in self._watchers:
+                storage = self.storages[index]
+                storage.intervals.append((storage.birth, self.tick))
+        self._live.clear()
+        self._watchers.clear()
+        for handle in self.handles:
+            if handle.end < 0:
+                handle.end = self.tick
+        self.recording = False
+
+    # -- saved tensors ----------------------------------------------------------------------------
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Note a tensor saved for backward; keep only what is needed to make a stand-in."""
+        if not self.recording:
+            return tensor
+        self.tick += 1
+        index = self.register(tensor, ACTIVATIONS)
+        call = self.call_stack[-1] if self.call_stack else -1
+        handle = Handle(index, call, self.tick, ops_before=len(self.ops))
+        self.handles.append(handle)
+        if self.storages[index].birth == 0 or not self.drop_saved:
+            return Packed(self, handle, lambda: tensor)
+        return Packed(self, handle, self._stand_in(tensor, index, handle))
+
+    def _stand_in(self, tensor: Tensor, index: int, handle: Handle) -> Callable[[], Tensor]:
+        if self.fake_mode is None:
+            with _disable_current_modes(), torch.no_grad():
+                copy: Tensor | None = tensor.detach().clone(memory_format=torch.preserve_format)
+        else:
+            copy = None
+        size, stride = tuple(tensor.shape), tuple(tensor.stride())
+        dtype, device = tensor.dtype, tensor.device
+        value = getattr(tensor, "_remat_value", None)
+        mode = self.fake_mode
+
+        def restore() -> Tensor:
+            if copy is not None:
+                fresh = copy
+            else:
+                assert mode is not None
+                with _disable_current_modes(), mode:
+                    fresh = torch.empty_strided(size, stride, dtype=dtype, device=device)
+                if value is not None:
+                    fresh._remat_value = value  # type: ignore[attr-defined]
+            self._watch(fresh.untyped_storage(), index, handle)
+            return fresh
+
+        return restore
+
+    def unpack(self, packed: Any) -> Tensor:
+        """Give backward a stand-in that shares the id of the saved tensor's storage."""
+        if not isinstance(packed, Packed):
+            return packed  # type: ignore[no-any-return]
+        self.tick += 1
+        if packed.handle.unpack < 0:
+            packed.handle.unpack = self.tick
+        return packed.restore()
+
+    # -- module calls -----------------------------------------------------------------------------
+
+    def enter_call(self, module: str, arguments: Any) -> int:
+        """Note that a module's forward begins."""
+        self.tick += 1
+        count = self._call_counts.get(module, 0)
+        if self.phase == FORWARD:
+            self._call_counts[module] = count + 1
+        index = len(self.calls)
+        inputs = tuple(dict.fromkeys(self.register(t, ACTIVATIONS) for t in tensors_in(arguments)))
+        parent = self.call_stack[-1] if self.call_stack else -1
+        self.calls.append(
+            Call(
+                module, count, parent, self.tick, len(self.ops), inputs=inputs,
+                uses_grad=torch.is_grad_enabled(), phase=self.phase,
+            )
+        )  # fmt: skip
+        self.call_stack.append(index)
+        return index
+
+    def leave_call(self, index: int, outputs: Any, python_random_before: Any) -> None:
+        """Note that a module's forward ended."""
+        self.tick += 1
+        call = self.calls[index]
+        call.end, call.stop_op = self.tick, len(self.ops)
+        call.draws_python_random = python_random_before != python_random_state()
+        call.outputs = tuple(
+            dict.fromkeys(self.register(t, ACTIVATIONS) for t in tensors_in(outputs))
+        )
+
+    # -- ops --------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        shadows = _shadow_arguments(args, kwargs) if self.fake_mode is not None else None
+        if shadows is not None and func is _SCALAR:
+            with _disable_current_modes():
+                return func(*shadows[0], **shadows[1])
+        try:
+            out = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            if shadows is None or self.fake_mode is None:
+                raise
+            out = self._from_values(func, shadows)
+        else:
+            if shadows is not None:
+                _follow_values(func, shadows, out)
+            elif self.fake_mode is not None and func._schema.is_mutable:
+                _forget_values(args)
+        if self.recording and func.namespace != "prim":
+            self._record(func, args, kwargs, out)
+        return out
+
+    def _from_values(self, func: Any, shadows: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """Compute an op whose result depends on data from the values that are followed."""
+        with _disable_current_modes():
+            real = func(*shadows[0], **shadows[1])
+
+        def as_fake(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            assert self.fake_mode is not None
+            fake = self.fake_mode.from_tensor(value, static_shapes=True)
+            fake._remat_value = value  # type: ignore[attr-defined]
+            return fake
+
+        return tuple(map(as_fake, real)) if isinstance(real, tuple) else as_fake(real)
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self.tick += 1
+        kind = ACTIVATIONS if self.phase == FORWARD else TEMPORARIES
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        inputs = tuple(dict.fromkeys(self.register(t, kind) for t in tensors))
+        known = len(self.storages)
+        produced = list(tensors_in(out))
+        outputs = [self.register(t, kind) for t in produced]
+        fresh = tuple(dict.fromkeys(i for i in outputs if i >= known))
+        mutated = _mutated(func, args, kwargs)
+        mutated_ids = tuple(dict.fromkeys(self.register(t, kind) for t in mutated))
+        moved = sum(t.numel() * t.element_size() for t in (*tensors, *produced))
+        formula = flop_registry.get(func._overloadpacket)
+        flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+        signature = OpSignature(
+            str(func), _describe(args), tuple((k, _describe(v)) for k, v in kwargs.items())
+        )
+        floating = next((t.dtype for t in (*tensors, *produced) if t.is_floating_point()), None)
+        self.ops.append(
+            Op(
+                self.tick,
+                str(func),
+                self.signatures.setdefault(signature, len(self.signatures)),
+                self.call_stack[-1] if self.call_stack else -1,
+                self.phase,
+                flops,
+                moved,
+                inputs,
+                fresh,
+                mutated_ids,
+                _is_random(func, args, kwargs),
+                str(floating).removeprefix("torch.") if floating is not None else "",
+            )
+        )
+
+    def begin(self, phase: str) -> None:
+        """Note that a phase of the step begins."""
+        self.tick += 1
+        self.phase = phase
+        self.phase_start[phase] = self.tick
+
+
+def python_random_state() -> Any:
+    """Return a comparable state of Python's and NumPy's global generators."""
+    import sys
+
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else None
+    position = (state[1].tobytes(), state[2]) if state is not None else None
+    return random.getstate(), position
+
+
+def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op draws random numbers; attention does so only with dropout."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else kwargs.get("dropout_p", 0.0)
+            return bool(given != 0.0)
+    return True
+
+
+def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """List the tensors that an op writes to, by its schema."""
+    if not func._schema.is_mutable:
+        return _batch_norm_statistics(func, args)
+    found: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        found.extend(tensors_in(value))
+    return found
+
+
+# Ops that update running statistics although their schema does not say so.
+_BATCH_NORM_ARGUMENTS = {
+    "aten::native_batch_norm": (3, 4, 5),
+    "aten::cudnn_batch_norm": (3, 4, 5),
+    "aten::miopen_batch_norm": (3, 4, 5),
+}
+
+
+def _batch_norm_statistics(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    where = _BATCH_NORM_ARGUMENTS.get(func._schema.name)
+    if where is None or len(args) <= where[2] or not args[where[2]]:
+        return []
+    return [args[i] for i in where[:2] if isinstance(args[i], Tensor)]
+
+
+def _describe(value: Any) -> Any:
+    """Turn an argument into hashable data without tensors."""
+    if isinstance(value, Tensor):
+        return TensorMeta(
+            tuple(value.shape),
+            tuple(value.stride()) if value.layout == torch.strided else (),
+            str(value.dtype).removeprefix("torch."),
+            value.device.type,
+        )
+    if isinstance(value, (list, tuple)):
+        return tuple(_describe(item) for item in value)
+    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return f"<{type(value).__name__}>"
+
+
+def _shadow_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Replace fake tensors by their values; `None` if any value is not known."""
+    try:
+        real_args = tuple(_shadow(a) for a in args)
+        real_kwargs = {k: _shadow(v) for k, v in kwargs.items()}
+    except LookupError:
+        return None
+    if "device" in real_kwargs and real_kwargs["device"] is not None:
+        real_kwargs["device"] = torch.device("cpu")
+    return real_args, real_kwargs
+
+
+def _shadow(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        known = getattr(value, "_remat_value", None)
+        if known is None:
+            if isinstance(value, FakeTensor):
+                raise LookupError
+            return value
+        return known
+    if isinstance(value, (list, tuple)):
+        return type(value)(_shadow(item) for item in value)
+    return value
+
+
+def _follow_values(func: Any, shadows: tuple[tuple[Any, ...], dict[str, Any]], out: Any) -> None:
+    """Give small integer results of known values their own values."""
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return
+    single = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
+    if not single or not all(
+        isinstance(t, FakeTensor) and not t.is_floating_point() and t.numel() <= SHADOW_LIMIT
+        for t in single
+    ):
+        return
+    with _disable_current_modes(), torch.no_grad():
+        real = func(*shadows[0], **shadows[1])
+    reals = [real] if isinstance(real, Tensor) else list(real)
+    for fake, value in zip(single, reals, strict=True):
+        fake._remat_value = value
+
+
+def _forget_values(args: tuple[Any, ...]) -> None:
+    """Stop following a tensor that an op with unknown inputs may have written to."""
+    for tensor in tensors_in(args):
+        if getattr(tensor, "_remat_value", None) is not None:
+            tensor._remat_value = None  # type: ignore[attr-defined]

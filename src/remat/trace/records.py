@@ -1,0 +1,153 @@
+"""The record of one training step: ops, storages, saved tensors and module calls on one clock.
+
+NOTE [ Ticks ]
+The clock advances by one at every op, at every tensor packed for backward and at every unpacking.
+A storage born at tick b and dead at tick d is alive at every tick in [b, d]; memory at an op's tick
+therefore holds both its inputs and its outputs, as an allocator sees it. Deaths do not advance the
+clock: what dies between two ops carries the tick of the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+FORWARD = "forward"
+BACKWARD = "backward"
+OPTIMIZER = "optimizer"
+PHASES = (FORWARD, BACKWARD, OPTIMIZER)
+
+PARAMETERS = "parameters"
+BUFFERS = "buffers"
+BATCH = "batch"
+OPTIMIZER_STATE = "optimizer"
+GRADIENTS = "gradients"
+ACTIVATIONS = "activations"
+TEMPORARIES = "temporaries"
+KINDS = (
+    PARAMETERS, BUFFERS, BATCH, OPTIMIZER_STATE, GRADIENTS, ACTIVATIONS, TEMPORARIES,
+)  # fmt: skip
+BASE_KINDS = frozenset({PARAMETERS, BUFFERS, BATCH, OPTIMIZER_STATE})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """Shape, stride and dtype of a tensor argument, enough to make a stand-in for it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    device: str
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class OpSignature:
+    """One op with the shapes and constants it was called with; equal calls share one signature."""
+
+    name: str
+    arguments: tuple[object, ...]
+    keywords: tuple[tuple[str, object], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One dispatched op."""
+
+    tick: int
+    name: str
+    signature: int
+    call: int
+    phase: str
+    flops: int
+    moved_bytes: int
+    inputs: tuple[int, ...]
+    fresh: tuple[int, ...]
+    mutated: tuple[int, ...]
+    is_random: bool
+    dtype: str
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the op only looks at memory: it makes and changes none."""
+        return not self.fresh and not self.mutated
+
+
+@dataclass(slots=True)
+class Storage:
+    """Memory behind one or more tensors.
+
+    `intervals` are the ticks at which something other than a tensor saved for backward keeps it
+    alive: a Python name, a gradient, a running op.
+    """
+
+    size_bytes: int
+    kind: str
+    birth: int
+    call: int
+    intervals: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Handle:
+    """One tensor saved for backward: held from `pack` to `end`, first read at `unpack`."""
+
+    storage: int
+    call: int
+    pack: int
+    unpack: int = -1
+    end: int = -1
+    ops_before: int = 0
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a module's forward.
+
+    `first_op` and `stop_op` bound its ops, `inputs` are the storages that its arguments hold.
+    """
+
+    module: str
+    index: int
+    parent: int
+    start: int
+    first_op: int
+    end: int = -1
+    stop_op: int = -1
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    draws_python_random: bool = False
+    uses_grad: bool = True
+    phase: str = FORWARD
+
+
+@dataclass(slots=True)
+class StepTrace:
+    """Everything that a planner needs to know of one training step; see NOTE [ Ticks ]."""
+
+    ops: list[Op]
+    storages: list[Storage]
+    handles: list[Handle]
+    calls: list[Call]
+    signatures: list[OpSignature]
+    num_ticks: int
+    phase_start: dict[str, int]
+    buffer_names: dict[int, tuple[str, ...]]
+    parameter_storages: frozenset[int]
+    device_type: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes alive for the whole step: parameters, buffers, optimizer state and batch."""
+        return sum(s.size_bytes for s in self.storages if s.kind in BASE_KINDS)
+
+    def num_calls(self, module: str) -> int:
+        """How often a module is called within the step's forward."""
+        return sum(1 for c in self.calls if c.module == module and c.phase == FORWARD)

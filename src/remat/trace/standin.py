@@ -1,0 +1,159 @@
+"""Fake parameters, buffers and batches in the place of real ones, and everything put back after."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import UninitializedTensorMixin
+
+from remat.errors import WorkloadError
+from remat.trace.recorder import SHADOW_LIMIT
+
+# Any: modules hold, and batches are, whatever the user made them of.
+
+
+class FakeFactory:
+    """Make one fake tensor for each real one, keeping ties, views and small integer values.
+
+    Tensors on the meta device become fake tensors on `device`: kernels choose their algorithm by
+    device, and the meta device's choice (attention with all scores) is that of no real one.
+    """
+
+    def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
+        self.mode = mode
+        self.device = device
+        self._memo: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []  # ids in the memo stay unique while their tensors live
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the fake for a tensor: the same one each time."""
+        known = self._memo.get(id(tensor))
+        if known is None:
+            known = self._memo[id(tensor)] = self._make(tensor)
+            self._kept.append(tensor)
+        return known
+
+    def _make(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise WorkloadError(
+                "the model has lazy parameters that are not initialized: run one forward pass "
+                "before planning."
+            )
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+            device = self.device if tensor.device.type == "meta" else tensor.device
+            with self.mode:
+                plain = torch.empty_strided(
+                    tuple(tensor.shape), tuple(tensor.stride()), dtype=tensor.dtype, device=device
+                )
+            if isinstance(tensor, nn.Parameter):
+                return nn.Parameter(plain, requires_grad=tensor.requires_grad)
+            return plain.requires_grad_() if tensor.requires_grad else plain
+        source = tensor if tensor.is_leaf else tensor.detach()
+        fake = self.mode.from_tensor(source, static_shapes=True)
+        if not tensor.is_floating_point() and tensor.numel() <= SHADOW_LIMIT:
+            fake._remat_value = tensor.detach().cpu().clone()  # type: ignore[attr-defined]
+        return fake
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Copy nested lists, tuples and mappings with `function` applied to each tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(item, function) for item in value)
+    if isinstance(value, Mapping):
+        mapped = {key: map_tensors(item, function) for key, item in value.items()}
+        try:
+            return type(value)(mapped)  # type: ignore[call-arg]
+        except TypeError:
+            return mapped
+    return value
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put back every attribute of every module, and the random state, whatever happens inside."""
+    modules = list(model.modules())
+    saved = [_snapshot(module) for module in modules]
+    generators = random_states()
+    try:
+        yield
+    finally:
+        for module, (attributes, containers) in zip(modules, saved, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, content in containers.items():
+                _refill(module.__dict__[name], content)
+        restore_random_states(generators)
+
+
+def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    containers = {
+        name: value.copy()
+        for name, value in module.__dict__.items()
+        if isinstance(value, (dict, list, set))
+    }
+    return dict(module.__dict__), containers
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+def random_states() -> dict[str, Any]:
+    """Take the state of every global random generator that is in use."""
+    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        states["numpy"] = numpy.random.get_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Set every generator back to a state taken by `random_states`."""
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])  # type: ignore[attr-defined]
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def swap_tensors(model: nn.Module, fake: FakeFactory) -> None:
+    """Replace parameters, buffers and plain tensor attributes by fakes; `untouched` undoes it."""
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = fake(tensor)  # type: ignore[assignment]
+        for name, value in list(module.__dict__.items()):
+            if name not in _MODULE_TABLES and _holds_tensor(value):
+                module.__dict__[name] = map_tensors(value, fake)
+
+
+_MODULE_TABLES = frozenset(nn.Module().__dict__)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensor(item) for item in value)
+    if type(value) is dict:
+        return any(_holds_tensor(item) for item in value.values())
+    return False

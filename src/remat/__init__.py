@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from remat.regions.apply import Handle, apply
     from remat.workload import Workload
 
-# Public name -> module that defines it; imported on first use, so that `import remat` loads no torch.
+# Public name -> module that defines it; imported on first use: `import remat` loads no torch.
 _HOME = {
     "auto_checkpoint": "remat.fit",
     "plan": "remat.fit",

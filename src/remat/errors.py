@@ -1,4 +1,4 @@
-"""Every error that remat raises on purpose: one root, and each branch is also the fitting builtin."""
+"""Every error that remat raises on purpose: one root; each branch is also the fitting builtin."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def _advice(largest_kind: str) -> str:
     """Say what would help most, given what fills the peak."""
     if largest_kind in ("parameters", "gradients", "optimizer"):
         return (
-            "Parameters, gradients and optimizer state fill the peak: an optimizer with less state, "
-            "frozen layers or a smaller model would help; recomputation cannot."
+            "Parameters, gradients and optimizer state fill most of the peak: an optimizer with "
+            "less state, frozen layers or a smaller model would help; recomputation cannot."
         )
     return (
         "A smaller batch or shorter sequences would help most; then a loss computed in chunks, "
@@ -63,7 +63,7 @@ def _advice(largest_kind: str) -> str:
 
 
 class PlanFileError(RematError, ValueError):
-    """A plan, run or table file that is damaged, of another schema version, or has unknown fields."""
+    """A plan, run or table file that is damaged, of another version, or has unknown fields."""
 
 
 class PlanMismatchError(RematError, ValueError):

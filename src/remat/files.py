@@ -6,25 +6,27 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing_extensions import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
 
 from remat.errors import PlanFileError
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write text under a temporary name beside `path`, then rename: a reader sees all of it or none."""
+    """Write text under a temporary name, then rename it: a reader sees all of it or none."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    handle, temporary = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.name}.", suffix=".part"
+    )
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -53,7 +55,9 @@ class Record(BaseModel):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanFileError(f"{what} file {os.fspath(path)!r} cannot be read: {error}.") from error
+            raise PlanFileError(
+                f"{what} file {os.fspath(path)!r} cannot be read: {error}."
+            ) from error
         try:
             data = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:

@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 
 # Kept free, relative to the peak, where kernels' own workspace could not be measured.
 UNKNOWN_WORKSPACE_MARGIN = 0.05
+# Kept free always: scalars and other crumbs that kernels allocate below the dispatcher. Under a
+# hundred bytes were seen at any peak.
+CRUMBS_BYTES = 16 * 1024
 _MOST_REPAIRS = 6
 
 Progress = Callable[[str, float], None]
@@ -221,14 +224,12 @@ class Fit:
         )  # fmt: skip
         simulation = self._simulate(chosen)
         seconds = time.monotonic() - started + self._seconds
-        return self._as_plan(
-            solution, simulation, simulation.peak_bytes + self._margin(simulation), seconds
-        )
+        return self._as_plan(solution, simulation, self._needed(simulation), seconds)
 
     def frontier(self, points: int) -> list[Plan]:
         """Return the Pareto front; see `remat.frontier`."""
         least = self._simulate(self._least_peak().chosen)
-        low = least.peak_bytes + self._margin(least)
+        low = self._needed(least)
         plans: list[Plan] = []
         for number, budget in enumerate(
             np.linspace(low, max(low, self.keep_all_peak_bytes), max(points, 1))
@@ -243,14 +244,14 @@ class Fit:
 
     def _solve(self, budget_bytes: int) -> tuple[Solution, Simulation]:
         """Solve, simulate the solution, and tighten until the simulation keeps the budget."""
-        margin = self._margin_bytes(budget_bytes)
-        allowed = budget_bytes - margin
+        # The margin grows with the peak: the largest peak that fits with its own margin.
+        allowed = budget_bytes - self._margin(budget_bytes)
         for _ in range(_MOST_REPAIRS):
             solution = self._cheapest(allowed)
             if solution is None:
                 break
             simulation = self._simulate(solution.chosen)
-            excess = simulation.peak_bytes + margin - budget_bytes
+            excess = self._needed(simulation) - budget_bytes
             if excess <= 0:
                 self._known.append(solution.chosen)
                 return solution, simulation
@@ -258,11 +259,9 @@ class Fit:
             allowed -= excess
         least = self._least_peak()
         simulation = self._simulate(least.chosen)
-        if simulation.peak_bytes + margin <= budget_bytes:
+        if self._needed(simulation) <= budget_bytes:
             return least, simulation
-        raise BudgetError(
-            budget_bytes, simulation.peak_bytes + self._margin(simulation), simulation.breakdown
-        )
+        raise BudgetError(budget_bytes, self._needed(simulation), simulation.breakdown)
 
     def _cheapest(self, allowed: int) -> Solution | None:
         self._report("choosing what to recompute", 0.6)
@@ -288,6 +287,10 @@ class Fit:
             remove(self._model)
         return summarize(trace, self._workspace_of(trace.signatures))
 
+    def _needed(self, simulation: Simulation) -> int:
+        """Return the least budget that a simulated plan fits, its margin included."""
+        return simulation.peak_bytes + self._margin(simulation.peak_bytes)
+
     # -- what kernels take for themselves ---------------------------------------------------------
 
     def _kernel_workspace(self) -> tuple[dict[OpSignature, int], bool]:
@@ -298,15 +301,11 @@ class Fit:
     def _workspace_of(self, signatures: Iterable[OpSignature]) -> dict[OpSignature, int]:
         return dict(measure_workspace(signatures)) if self._is_workspace_known else {}
 
-    def _margin_bytes(self, budget_bytes: int) -> int:
+    def _margin(self, peak_bytes: int) -> int:
+        """Return the bytes that are kept free above a simulated peak."""
         if self._is_workspace_known:
-            return 0
-        return int(budget_bytes * UNKNOWN_WORKSPACE_MARGIN / (1 + UNKNOWN_WORKSPACE_MARGIN))
-
-    def _margin(self, simulation: Simulation) -> int:
-        if self._is_workspace_known:
-            return 0
-        return int(simulation.peak_bytes * UNKNOWN_WORKSPACE_MARGIN) + 1
+            return CRUMBS_BYTES
+        return CRUMBS_BYTES + int(peak_bytes * UNKNOWN_WORKSPACE_MARGIN)
 
     # -- the record -------------------------------------------------------------------------------
 
@@ -332,7 +331,7 @@ class Fit:
             regions=self._regions(solution.chosen),
             hazards=self._hazards,
             breakdown=simulation.breakdown,
-            margin_bytes=self._margin_bytes(budget_bytes),
+            margin_bytes=self._margin(simulation.peak_bytes),
             cost_source=self.cost_model.source,
             plan_seconds=seconds,
             notes=self._notes(solution, budget_bytes),
@@ -376,4 +375,3 @@ class Fit:
                 f"the largest {format_bytes(max(self._workspace.values()))}."
             )
         return tuple(notes)
-

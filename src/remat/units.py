@@ -28,8 +28,8 @@ def parse_budget(budget: int | str, keep_all_peak_bytes: int | None = None) -> i
 
     Arguments
     ---------
-    budget: `int` bytes, or text such as `"8GiB"`, `"8GB"`, `"800MiB"`, `"1e9"`-free plain bytes
-        (`"8000000"`), or `"60%"` of the keep-everything peak.
+    budget: `int` bytes, or text such as `"8GiB"`, `"8GB"`, `"800MiB"`, `"8000000"`, or `"60%"` of
+        the keep-everything peak.
     keep_all_peak_bytes: what a percentage refers to; `None` where no peak is known.
 
     Raises
@@ -45,7 +45,7 @@ def parse_budget(budget: int | str, keep_all_peak_bytes: int | None = None) -> i
     """
     from remat.errors import BudgetFormatError
 
-    expected = 'expected a positive number of bytes, such as 8000000, "8GiB", "8GB", "800MiB" or "60%"'
+    expected = 'expected a positive number of bytes, as 8000000, "8GiB", "8GB", "800MiB" or "60%"'
     if isinstance(budget, bool) or not isinstance(budget, (int, str)):
         raise BudgetFormatError(f"budget {budget!r} is not a size: {expected}.")
     if isinstance(budget, int):
@@ -59,8 +59,8 @@ def parse_budget(budget: int | str, keep_all_peak_bytes: int | None = None) -> i
         if unit == "%":
             if keep_all_peak_bytes is None:
                 raise BudgetFormatError(
-                    f"budget {budget!r} is a percentage, but no keep-everything peak is known here: "
-                    "give bytes instead."
+                    f"budget {budget!r} is a percentage, but no keep-everything peak is known "
+                    "here: give bytes instead."
                 )
             size = int(amount / 100 * keep_all_peak_bytes)
         elif match[1].isdecimal():

@@ -29,8 +29,8 @@ class Workload:
     eval_data: the same, for validation.
     batch_size: examples per batch where a dataset is given.
     loss: `(model, batch) -> scalar tensor`; `None` takes the loss from the model's output.
-    predict: `(model, batch) -> (probabilities (B, C), labels (B,))` or `(values (B,), targets (B,))`,
-        for quality metrics; `None` leaves quality out.
+    predict: `(model, batch) -> (probabilities (B, C), labels (B,))`, or values and targets of shape
+        (B,), for quality metrics; `None` leaves quality out.
     optimizer: `(parameters) -> torch.optim.Optimizer`.
     epochs, seed: how long, and from which random state.
     slices: name -> `(example metadata or batch) -> bool mask`, for slice metrics.

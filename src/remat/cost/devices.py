@@ -1,21 +1,243 @@
-"""TEMPORARY stand-in by the lead until the device table lands: helper, overwrite this file."""
+"""The device table: peak speed, bandwidth and memory of the devices that a plan can be made for."""
 
 from __future__ import annotations
 
-from remat.files import Record
+import difflib
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from remat.errors import DeviceError
+from remat.units import format_bytes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SCHEMA_VERSION: Final = 1
+KINDS: Final = ("cpu", "cuda", "mps", "rocm")
+DTYPES: Final = ("float64", "float32", "tf32", "bfloat16", "float16", "float8", "int8")
+
+_PACKAGE_FILE: Final = Path(__file__).with_name("devices.toml")
+_MOST_MEMORY: Final = 10 * 1024**4
+_MOST_BANDWIDTH: Final = 100e12
+_MOST_FLOPS: Final = 1e17
+_MOST_OVERHEAD: Final = 1.0
+
+# Any: what TOML holds is checked here before it becomes a Device.
 
 
-class Device(Record):
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One row of the device table: the vendor's peak figures, and what eager mode adds.
+
+    Arguments
+    ---------
+    kind: one of `cpu`, `cuda`, `mps`, `rocm`.
+    memory_bytes: the device's own memory.
+    bandwidth_bytes_per_s: peak of that memory.
+    flops: dtype -> peak operations per second, dense; `float32` is required. `tf32` is the rate of
+        float32 matrix products where TF32 is allowed.
+    op_overhead_s: time to dispatch one op in eager mode.
+    region_overhead_s: time that one recomputed region adds in eager mode.
+    saved_tensor_overhead_s: time that each tensor saved inside a region adds.
+    source: where the figures come from, with a date.
+
+    Raises
+    ------
+    DeviceError: if a figure is missing, not a number, not positive, or beyond any real device.
+    """
+
     name: str
-    flops: dict[str, float]
+    kind: str = "cpu"
+    memory_bytes: int
     bandwidth_bytes_per_s: float
+    flops: Mapping[str, float]
     op_overhead_s: float = 5e-6
     region_overhead_s: float = 155e-6
     saved_tensor_overhead_s: float = 11e-6
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self, f"device {self.name!r}")
 
     def flops_for(self, dtype: str) -> float:
+        """Return the peak rate for a dtype; the rate of float32 where the table has none for it."""
         return self.flops.get(dtype, self.flops["float32"])
 
 
-def find_device(name: str) -> Device:
-    return Device(name=name, flops={"float32": 1e11}, bandwidth_bytes_per_s=1e10)
+def load_devices(path: str | os.PathLike[str] | None = None) -> dict[str, Device]:
+    """Return the devices of the package's table by name, with those of a user's file over them.
+
+    Arguments
+    ---------
+    path: a file of the same form. A device of a known name overrides the figures that it states;
+        any other is added, and must state all of them.
+
+    Raises
+    ------
+    DeviceError: if a file cannot be read, has a field that is not known, or a figure that is
+        missing or absurd; the message names file, device and field.
+    """
+    return _load(path).devices
+
+
+def find_device(name: str, path: str | os.PathLike[str] | None = None) -> Device:
+    """Return one device by name; `"cpu"`, `"cuda"`, `"mps"` and `"rocm"` name the usual one.
+
+    Letter case does not matter.
+
+    Raises
+    ------
+    DeviceError: if the name is not in the table (the message has the nearest names), or a file is
+        not valid.
+    """
+    table = _load(path)
+    if not isinstance(name, str):
+        raise DeviceError(f"device {name!r} is not a name: expected text such as 'A100-80GB'.")
+    wanted = table.default_by_kind.get(name, name).casefold()
+    by_folded = {known.casefold(): device for known, device in table.devices.items()}
+    if wanted in by_folded:
+        return by_folded[wanted]
+    # "a100" is a less close match of "a100-80gb" than "a10g" is, but what was meant.
+    near = [known for known in by_folded if wanted and wanted in known]
+    near = near or difflib.get_close_matches(wanted, by_folded, n=3, cutoff=0.5)
+    if near:
+        hint = f"Did you mean {' or '.join(repr(by_folded[n].name) for n in near)}?"
+    else:
+        hint = f"Known: {', '.join(table.devices)}."
+    raise DeviceError(
+        f"device {name!r} is not in the device table. {hint} "
+        "From Python, a remat.Device of your own can be passed instead."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    devices: dict[str, Device]
+    default_by_kind: dict[str, str]
+
+
+def _load(path: str | os.PathLike[str] | None) -> _Table:
+    rows, defaults = _read(_PACKAGE_FILE)
+    files = dict.fromkeys(rows, str(_PACKAGE_FILE.name))
+    if path is not None:
+        user_rows, user_defaults = _read(Path(path))
+        for name, row in user_rows.items():
+            known = rows.get(name, {})
+            flops = {**known.get("flops", {}), **row.get("flops", {})}
+            rows[name] = {**known, **row} | ({"flops": flops} if flops else {})
+            files[name] = os.fspath(path)
+        defaults |= user_defaults
+    devices = {name: _device(name, row, files[name]) for name, row in rows.items()}
+    for kind, name in defaults.items():
+        if name not in devices:
+            raise DeviceError(
+                f"{os.fspath(path or _PACKAGE_FILE.name)}: default_by_kind.{kind} names {name!r}, "
+                "which is no device of the table."
+            )
+    return _Table(devices=devices, default_by_kind=defaults)
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Read one file's rows, with the form but not yet the figures checked."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeviceError(f"device table {str(path)!r} cannot be read: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise DeviceError(f"device table {str(path)!r} is damaged: not TOML ({error}).") from error
+    version = data.pop("schema_version", None)
+    if isinstance(version, bool) or version != SCHEMA_VERSION:
+        raise DeviceError(
+            f"device table {str(path)!r} has schema_version {version!r}; "
+            f"this remat reads {SCHEMA_VERSION!r}."
+        )
+    rows, defaults = data.pop("device", {}), data.pop("default_by_kind", {})
+    for key in data:
+        raise DeviceError(
+            f"{path}: {key} is not a known field: expected schema_version, default_by_kind, device."
+        )
+    for label, value in (("device", rows), ("default_by_kind", defaults)):
+        if not isinstance(value, dict):
+            raise DeviceError(f"{path}: {label} must be a table, got {value!r}.")
+    known = {field.name for field in fields(Device)} - {"name"}
+    for name, row in rows.items():
+        if not isinstance(row, dict):
+            raise DeviceError(f"{path}: device.{name} must be a table, got {row!r}.")
+        for key in row:
+            if key not in known:
+                raise DeviceError(
+                    f"{path}: device.{name}.{key} is not a known field: "
+                    f"expected {', '.join(sorted(known))}."
+                )
+        if not isinstance(row.get("flops", {}), dict):
+            raise DeviceError(
+                f"{path}: device.{name}.flops must be a table of dtypes, got {row['flops']!r}."
+            )
+    for kind, name in defaults.items():
+        if kind not in KINDS or not isinstance(name, str):
+            raise DeviceError(
+                f"{path}: default_by_kind.{kind} = {name!r}: expected one of {', '.join(KINDS)} "
+                "and a device's name."
+            )
+    return rows, defaults
+
+
+def _device(name: str, row: dict[str, Any], file: str) -> Device:
+    where = f"{file}: device.{name}"
+    for required in ("kind", "memory_bytes", "bandwidth_bytes_per_s", "flops", "source"):
+        if required not in row:
+            raise DeviceError(f"{where}.{required} is missing.")
+    memory = row["memory_bytes"]
+    if isinstance(memory, float) and memory.is_integer():  # 80e9 is how people write it
+        row = {**row, "memory_bytes": int(memory)}
+    try:
+        return Device(name=name, **row)
+    except DeviceError as error:
+        raise DeviceError(f"{file}: {error}") from error
+
+
+def _check(device: Device, where: str) -> None:
+    """Refuse figures that no device has."""
+    for label in ("name", "kind", "source"):
+        value = getattr(device, label)
+        if not isinstance(value, str) or (not value and label != "source"):
+            raise DeviceError(f"{where}: {label} must be text, got {value!r}.")
+    if device.kind not in KINDS:
+        raise DeviceError(f"{where}: kind is {device.kind!r}, expected one of {', '.join(KINDS)}.")
+    memory = device.memory_bytes
+    if isinstance(memory, bool) or not isinstance(memory, int) or not 0 < memory <= _MOST_MEMORY:
+        raise DeviceError(
+            f"{where}: memory_bytes is {memory!r}, expected a whole number of bytes from 1 to "
+            f"{_MOST_MEMORY} ({format_bytes(_MOST_MEMORY)})."
+        )
+    _check_rate(device.bandwidth_bytes_per_s, _MOST_BANDWIDTH, f"{where}: bandwidth_bytes_per_s")
+    if not isinstance(device.flops, Mapping) or "float32" not in device.flops:
+        raise DeviceError(f"{where}: flops.float32 is missing.")
+    for dtype, rate in device.flops.items():
+        if dtype not in DTYPES:
+            raise DeviceError(
+                f"{where}: flops.{dtype} is not a known dtype: expected {', '.join(DTYPES)}."
+            )
+        _check_rate(rate, _MOST_FLOPS, f"{where}: flops.{dtype}")
+    for label in ("op_overhead_s", "region_overhead_s", "saved_tensor_overhead_s"):
+        seconds = getattr(device, label)
+        if not _is_number(seconds) or not 0 <= seconds <= _MOST_OVERHEAD:
+            raise DeviceError(
+                f"{where}: {label} is {seconds!r}, expected seconds from 0 to {_MOST_OVERHEAD:g}."
+            )
+
+
+def _check_rate(value: Any, most: float, where: str) -> None:
+    if not _is_number(value) or not 0 < value <= most:
+        raise DeviceError(f"{where} is {value!r}, expected a number above 0, at most {most:g}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

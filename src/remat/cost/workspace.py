@@ -1,9 +1,10 @@
 """Workspace: bytes that kernels take for themselves, which fake tensors cannot show.
 
-Convolutions reorder their operands into blocked layouts, and normalizations copy operands that are
-not contiguous. What they take is a fact of kernel, shape and thread count, so it is measured: each
-such op of a step is run once by itself, on made-up values, under the allocator's record. No
-activation of the step is made, and one op's operands are alive at a time.
+Convolutions reorder their operands into blocked layouts, attention takes a buffer for each thread,
+and normalizations copy operands that are not contiguous. What they take is a fact of kernel, shape
+and thread count, so it is measured: each such op of a step is run once by itself, on made-up
+values, under the allocator's record. No activation of the step is made, and one op's operands are
+alive at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _ALWAYS = frozenset({
     "aten.convolution",
     "aten.convolution_backward",
     "aten.native_batch_norm_backward",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward",
 })  # fmt: skip
 _IF_STRIDED = frozenset({
     "aten.native_layer_norm",

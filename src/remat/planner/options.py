@@ -215,7 +215,9 @@ class _Finder:
             overhead_seconds=self.cost.region_overhead_s
             + self.cost.saved_tensor_overhead_s * len(handles),
             inputs=tuple(s for s in call.inputs if self.trace.storages[s].kind not in BASE_KINDS),
-            replay_bytes=self._replay_bytes(call, stop_op, span, (first, stop)),
+            # While it runs again, the present random state is kept aside.
+            replay_bytes=self._replay_bytes(call, stop_op, span, (first, stop))
+            + (RNG_STATE_BYTES if draws else 0),
             held_bytes=snapshot + (RNG_STATE_BYTES if draws else 0),
             first_storage=first,
             stop_storage=stop,
@@ -257,9 +259,7 @@ class _Finder:
 
     def droppable_bytes(self, option: Option, span: tuple[int, int]) -> int:
         """Return the bytes made inside that only saved tensors hold at some time in between."""
-        owned = {
-            h.storage for h in self.trace.handles[span[0] : span[1]] if option.owns(h.storage)
-        }
+        owned = {h.storage for h in self.trace.handles[span[0] : span[1]] if option.owns(h.storage)}
         return sum(self.trace.storages[s].size_bytes for s in owned)
 
 

@@ -24,7 +24,7 @@ class Outcome(str, enum.Enum):
         """One sentence for people."""
         return {
             Outcome.OPTIMAL: "No plan of the kinds considered recomputes less within the budget.",
-            Outcome.FEASIBLE: "The plan keeps the budget; a cheaper one of the same kinds may exist.",
+            Outcome.FEASIBLE: "The plan keeps the budget; a cheaper one of these kinds may exist.",
             Outcome.TIMED_OUT: "The search ran out of time; this is the best plan found so far.",
         }[self]
 

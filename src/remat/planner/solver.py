@@ -221,7 +221,7 @@ class _Programme:
         self._scale = max(solver.cost(range(len(solver.options))), 1e-12)
         self.ticks: dict[int, int] = {}
         self._joins: dict[frozenset[Linear], int] = {}
-        self._highs = highspy.Highs()
+        self._highs = highspy.Highs()  # type: ignore[no-untyped-call]
         self._highs.silent()
         self._highs.setOptionValue("mip_rel_gap", 1e-6)
         self._highs.setOptionValue("mip_abs_gap", 1e-9)

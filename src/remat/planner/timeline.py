@@ -92,7 +92,9 @@ class Timeline:
         }
         return Curve(alive + self.workspace[: self.trace.num_ticks], replays)
 
-    def intervals(self, storage: int, picked: frozenset[int]) -> tuple[list[Interval], list[Interval]]:
+    def intervals(
+        self, storage: int, picked: frozenset[int]
+    ) -> tuple[list[Interval], list[Interval]]:
         """Return when a storage, and when copies of it, are alive under a choice."""
         record = self.trace.storages[storage]
         original = list(record.intervals)
@@ -112,9 +114,11 @@ class Timeline:
                 copies[position] = (again[0], max(before[1], again[1]))
             else:
                 original.append(again)
-        for position in self.readers.get(storage, ()):
-            if position in picked:
-                original.append((self.options[position].start, self.options[position].release))
+        original.extend(
+            (self.options[position].start, self.options[position].release)
+            for position in self.readers.get(storage, ())
+            if position in picked
+        )
         return _union(original), list(copies.values())
 
     def _keep_all_intervals(self, storage: int) -> list[Interval]:

@@ -56,7 +56,7 @@ def measure(
 
         def step() -> None:
             value = compute_loss(model, batch, loss)
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             if stepper is not None:
                 stepper.step()
             losses.append(float(value.detach()))

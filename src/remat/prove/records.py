@@ -60,7 +60,7 @@ class MemorySample(Record):
 
 
 class Simulation(Record):
-    """One training step under fake tensors: its exact peak and the curve of memory over the step."""
+    """One training step under fake tensors: its exact peak and its curve of memory."""
 
     peak_bytes: int
     breakdown: dict[str, int]

@@ -58,7 +58,7 @@ def summarize(trace: StepTrace, workspace: Mapping[OpSignature, int]) -> Simulat
     curves = memory_by_kind(trace, workspace)
     tick = peak_tick(curves)
     breakdown = breakdown_at(curves, tick)
-    total = sum(curves.values())
+    total = np.sum(list(curves.values()), axis=0)
     phases = [(trace.phase_start[p], p) for p in PHASES if p in trace.phase_start]
     samples = []
     for stretch in np.array_split(np.arange(trace.num_ticks), min(_NUM_SAMPLES, trace.num_ticks)):

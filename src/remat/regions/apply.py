@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from torch import nn
+from typing_extensions import Self
 
 from remat.errors import ApplyError, PlanMismatchError
 from remat.planner.records import Plan, Region
@@ -27,7 +28,7 @@ class Handle:
         """Take the plan off the model."""
         remove(self.model)
 
-    def __enter__(self) -> Handle:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

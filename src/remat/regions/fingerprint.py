@@ -67,7 +67,9 @@ def check_model_matches(model: nn.Module, wanted: Fingerprint) -> None:
             )
     found = _qualified(type(model))
     if found != wanted.model_class:
-        raise PlanMismatchError(f"the plan was made for {wanted.model_class}, the model is {found}.")
+        raise PlanMismatchError(
+            f"the plan was made for {wanted.model_class}, the model is {found}."
+        )
     _compare("parameter", wanted.parameters, _signatures(model.named_parameters()))
     _compare("buffer", wanted.buffers, _signatures(model.named_buffers()))
     if device_type_of(model) != wanted.device_type:

@@ -6,7 +6,7 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,7 +120,9 @@ class _FirstRun:
                 if not (getattr(hook, "__module__", None) or "").startswith("torch."):
                     table[key] = functools.partial(self._observe, (id(table), key), hook)
 
-    def _observe(self, key: tuple[int, int], hook: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    def _observe(
+        self, key: tuple[int, int], hook: Callable[..., Any], *args: Any, **kw: Any
+    ) -> Any:
         result = hook(*args, **kw)
         if result is None:
             self.observers.add(key)

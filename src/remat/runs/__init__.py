@@ -1,1 +1,8 @@
-"""Runs that were recorded: where they lie, how they are listed and read."""
+"""Finished and unfinished evaluations on disk: written, listed and loaded."""
+
+from __future__ import annotations
+
+from remat.runs.records import Run
+from remat.runs.store import RunEntry, list_runs, load_run, new_run_dir
+
+__all__ = ["Run", "RunEntry", "list_runs", "load_run", "new_run_dir"]

@@ -157,7 +157,7 @@ def _capture(
         parameter_storages=frozenset(
             i for i, s in enumerate(recorder.storages) if s.kind == PARAMETERS
         ),
-        device_type=_device_type(model, batch),
+        device_type=_device_type(model),
     )
 
 
@@ -174,7 +174,7 @@ def _run(
         with torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack):
             value = compute_loss(model, batch, loss)
         recorder.begin(BACKWARD)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         for parameter in model.parameters():
             if parameter.grad is not None:
                 index = recorder.register(parameter.grad, GRADIENTS)
@@ -197,9 +197,7 @@ def _run(
         del value
 
 
-def _register_base(
-    recorder: Recorder, model: nn.Module, batch: Any
-) -> dict[int, tuple[str, ...]]:
+def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> dict[int, tuple[str, ...]]:
     """Note what lives through the whole step; return the names of the buffers by storage."""
     for parameter in model.parameters():
         recorder.register(parameter, PARAMETERS)
@@ -277,7 +275,7 @@ def _random_state_in_sight() -> Iterator[None]:
     get, put = torch.get_rng_state, torch.set_rng_state
     size = get().numel()
     torch.get_rng_state = lambda: torch.empty(size, dtype=torch.uint8)
-    torch.set_rng_state = lambda _: None
+    torch.set_rng_state = lambda new_state: None  # noqa: ARG005
     try:
         yield
     finally:
@@ -295,7 +293,7 @@ def _is_abstract(model: nn.Module, batch: Any) -> bool:
     return any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in found)
 
 
-def _device_type(model: nn.Module, batch: Any) -> str:
+def _device_type(model: nn.Module) -> str:
     for parameter in model.parameters():
         return "cpu" if parameter.device.type == "meta" else parameter.device.type
     return "cpu"

@@ -36,7 +36,7 @@ def memory_by_kind(
 
 def peak_tick(curves: Mapping[str, NDArray[np.int64]]) -> int:
     """Return the first tick at which the most bytes are alive."""
-    return int(np.argmax(sum(curves.values())))
+    return int(np.argmax(np.sum(list(curves.values()), axis=0)))
 
 
 def breakdown_at(curves: Mapping[str, NDArray[np.int64]], tick: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""A dispatch mode that writes down every op of a training step, with births and deaths of memory."""
+"""A dispatch mode that writes down every op of a training step, and what memory lives when."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -29,12 +28,16 @@ from remat.trace.records import (
     Storage,
     TensorMeta,
 )
+from remat.trace.values import (
+    compute_from_values,
+    follow_values,
+    forget_values,
+    set_value,
+    shadow_arguments,
+    value_of,
+)
 
 # Any: arguments of ops and modules are whatever torch and the user pass.
-
-# Integers and booleans up to this size are followed by value, so that masks, lengths and positions
-# steer the traced program as they steer the real one.
-SHADOW_LIMIT = 1 << 20
 
 _SCALAR = torch.ops.aten._local_scalar_dense.default
 
@@ -65,7 +68,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record ops, storages and saved tensors while active.
 
     Works above `FakeTensorMode` (nothing is allocated) and on real tensors. `drop_saved` replaces
@@ -74,7 +77,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, fake_mode: FakeTensorMode | None, *, drop_saved: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake_mode = fake_mode
         self.drop_saved = drop_saved
         self.recording = True
@@ -156,7 +159,7 @@ class Recorder(TorchDispatchMode):
             copy = None
         size, stride = tuple(tensor.shape), tuple(tensor.stride())
         dtype, device = tensor.dtype, tensor.device
-        value = getattr(tensor, "_remat_value", None)
+        value = value_of(tensor)
         mode = self.fake_mode
 
         def restore() -> Tensor:
@@ -167,7 +170,7 @@ class Recorder(TorchDispatchMode):
                 with _disable_current_modes(), mode:
                     fresh = torch.empty_strided(size, stride, dtype=dtype, device=device)
                 if value is not None:
-                    fresh._remat_value = value  # type: ignore[attr-defined]
+                    set_value(fresh, value)
             self._watch(fresh.untyped_storage(), index, handle)
             return fresh
 
@@ -215,10 +218,14 @@ class Recorder(TorchDispatchMode):
     # -- ops --------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        shadows = _shadow_arguments(args, kwargs) if self.fake_mode is not None else None
+        shadows = shadow_arguments(args, kwargs) if self.fake_mode is not None else None
         if shadows is not None and func is _SCALAR:
             with _disable_current_modes():
                 return func(*shadows[0], **shadows[1])
@@ -227,30 +234,15 @@ class Recorder(TorchDispatchMode):
         except (DataDependentOutputException, DynamicOutputShapeException):
             if shadows is None or self.fake_mode is None:
                 raise
-            out = self._from_values(func, shadows)
+            out = compute_from_values(func, shadows, self.fake_mode)
         else:
             if shadows is not None:
-                _follow_values(func, shadows, out)
+                follow_values(func, shadows, out)
             elif self.fake_mode is not None and func._schema.is_mutable:
-                _forget_values(args)
+                forget_values(args)
         if self.recording and func.namespace != "prim":
             self._record(func, args, kwargs, out)
         return out
-
-    def _from_values(self, func: Any, shadows: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-        """Compute an op whose result depends on data from the values that are followed."""
-        with _disable_current_modes():
-            real = func(*shadows[0], **shadows[1])
-
-        def as_fake(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            assert self.fake_mode is not None
-            fake = self.fake_mode.from_tensor(value, static_shapes=True)
-            fake._remat_value = value  # type: ignore[attr-defined]
-            return fake
-
-        return tuple(map(as_fake, real)) if isinstance(real, tuple) else as_fake(real)
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.tick += 1
@@ -359,54 +351,3 @@ def _describe(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return f"<{type(value).__name__}>"
-
-
-def _shadow_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Replace fake tensors by their values; `None` if any value is not known."""
-    try:
-        real_args = tuple(_shadow(a) for a in args)
-        real_kwargs = {k: _shadow(v) for k, v in kwargs.items()}
-    except LookupError:
-        return None
-    if "device" in real_kwargs and real_kwargs["device"] is not None:
-        real_kwargs["device"] = torch.device("cpu")
-    return real_args, real_kwargs
-
-
-def _shadow(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        known = getattr(value, "_remat_value", None)
-        if known is None:
-            if isinstance(value, FakeTensor):
-                raise LookupError
-            return value
-        return known
-    if isinstance(value, (list, tuple)):
-        return type(value)(_shadow(item) for item in value)
-    return value
-
-
-def _follow_values(func: Any, shadows: tuple[tuple[Any, ...], dict[str, Any]], out: Any) -> None:
-    """Give small integer results of known values their own values."""
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        return
-    single = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
-    if not single or not all(
-        isinstance(t, FakeTensor) and not t.is_floating_point() and t.numel() <= SHADOW_LIMIT
-        for t in single
-    ):
-        return
-    with _disable_current_modes(), torch.no_grad():
-        real = func(*shadows[0], **shadows[1])
-    reals = [real] if isinstance(real, Tensor) else list(real)
-    for fake, value in zip(single, reals, strict=True):
-        fake._remat_value = value
-
-
-def _forget_values(args: tuple[Any, ...]) -> None:
-    """Stop following a tensor that an op with unknown inputs may have written to."""
-    for tensor in tensors_in(args):
-        if getattr(tensor, "_remat_value", None) is not None:
-            tensor._remat_value = None  # type: ignore[attr-defined]

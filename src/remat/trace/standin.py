@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from remat.errors import WorkloadError
-from remat.trace.recorder import SHADOW_LIMIT
+from remat.trace.values import SHADOW_LIMIT, set_value
 
 # Any: modules hold, and batches are, whatever the user made them of.
 
@@ -41,7 +41,7 @@ class FakeFactory:
         return known
 
     def _make(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise WorkloadError(
                 "the model has lazy parameters that are not initialized: run one forward pass "
                 "before planning."
@@ -58,7 +58,7 @@ class FakeFactory:
         source = tensor if tensor.is_leaf else tensor.detach()
         fake = self.mode.from_tensor(source, static_shapes=True)
         if not tensor.is_floating_point() and tensor.numel() <= SHADOW_LIMIT:
-            fake._remat_value = tensor.detach().cpu().clone()  # type: ignore[attr-defined]
+            set_value(fake, tensor.detach().cpu().clone())
         return fake
 
 
@@ -119,7 +119,7 @@ def random_states() -> dict[str, Any]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         states["numpy"] = numpy.random.get_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
@@ -129,7 +129,7 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
     torch.set_rng_state(states["torch"])
     if "numpy" in states:
-        sys.modules["numpy"].random.set_state(states["numpy"])  # type: ignore[attr-defined]
+        sys.modules["numpy"].random.set_state(states["numpy"])
     if "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
 

@@ -1,4 +1,4 @@
-"""What one training step is: the default loss and optimizer, and the checks on what a user gives."""
+"""What one training step is: default loss and optimizer, and checks on what a user gives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEFAULT_OPTIMIZER: Final = adamw
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     """Call the model on the batch and find the loss in what it returns.
 
-    A mapping is passed as keywords, a tuple or list as arguments, a tensor as the only argument;
+    A mapping is passed as keywords, a tuple or list as arguments, a tensor as one argument;
     the loss is `.loss`, `["loss"]`, or the output itself if it is a scalar tensor.
     """
     if isinstance(batch, Mapping):
@@ -47,8 +47,8 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     if found is None:
         shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
         raise WorkloadError(
-            f"the model returned {type(output).__name__}{shape}, in which no scalar loss was found: "
-            "pass loss=, a function (model, batch) -> scalar tensor."
+            f"the model returned {type(output).__name__}{shape}, in which no scalar loss was "
+            "found: pass loss=, a function (model, batch) -> scalar tensor."
         )
     return found  # type: ignore[no-any-return]
 

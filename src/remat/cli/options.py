@@ -1,0 +1,58 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _python_files(incomplete: str) -> list[str]:
+    """Complete a workload's name by the Python files and folders that begin so."""
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return []
+    named = [f"{path}/" if path.is_dir() else str(path) for path in inside]
+    return [name for name in named if name.startswith(incomplete) and name.endswith((".py", "/"))]
+
+
+WORKLOAD_HELP = "PATH.py[:NAME] or package.module[:NAME]; NAME is 'workload' unless given."
+
+WorkloadArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKLOAD",
+        show_default=False,
+        autocompletion=_python_files,
+        help=WORKLOAD_HELP,
+    ),
+]
+OptionalWorkloadArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="WORKLOAD",
+        show_default=False,
+        autocompletion=_python_files,
+        help=WORKLOAD_HELP,
+    ),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON document on stdout, and everything else on stderr."
+    ),
+]
+BUDGET_HELP = (
+    "Total peak of one training step: 8GiB, 8GB, 800MiB, bytes, or 60% of the keep-everything peak."
+)
+
+
+def check_budget(budget: str) -> str:
+    """Refuse a budget that cannot be read at once, before torch and the model are loaded."""
+    from remat.units import parse_budget
+
+    parse_budget(budget, keep_all_peak_bytes=2**40)  # only percentages look at it
+    return budget

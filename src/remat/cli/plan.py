@@ -1,0 +1,137 @@
+"""`remat plan`: what to recompute so that a training step stays within a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from remat.cli.options import BUDGET_HELP, JsonOption, OptionalWorkloadArgument, check_budget
+
+if TYPE_CHECKING:
+    from remat.planner.records import Plan
+
+NAME = "plan"
+EXAMPLE = "Example: remat plan examples/digits_vit.py --budget 60% -o plan.json"
+_FRONT_POINTS = 6  # of the sketch in the terminal, where nothing else is asked for
+
+
+def command(
+    workload: OptionalWorkloadArgument = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", "-b", show_default=False, help=BUDGET_HELP)
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            show_default=False,
+            help="Estimate the seconds for this device of the table, instead of this machine.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", show_default=False, help="Write the plan to this file."),
+    ] = None,
+    frontier: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            show_default=False,
+            help=f"Plan N budgets for the Pareto front. {_FRONT_POINTS} for the sketch in the "
+            "terminal, unless given; 0 leaves it out. With --json only where given.",
+        ),
+    ] = None,
+    hf_config: Annotated[
+        str | None,
+        typer.Option(
+            "--hf-config",
+            metavar="FILE",
+            show_default=False,
+            help="Plan the Transformers architecture of this config.json, without weights.",
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHAPE",
+            show_default=False,
+            help="With --hf-config: 4x1024 (sequences x tokens) or 8x3x224x224 (images).",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Plan what to recompute so that a training step stays within a budget.
+
+    The model is left as it is, and no real activation is allocated. Prints the plan and a sketch of
+    the Pareto front: peak memory against what is computed twice.
+    """
+    if budget is None and (output is not None or not frontier):
+        raise typer.BadParameter("give a --budget, or --frontier N for the Pareto front alone.")
+    if budget is not None:
+        check_budget(budget)
+    if output is not None and output.is_dir():
+        raise typer.BadParameter(f"--output {str(output)!r} is a directory, expected a file.")
+    if device is not None:
+        from remat.cost.devices import find_device
+
+        find_device(device)
+
+    from remat.cli.inputs import load_inputs
+    from remat.cli.progress import ProgressBars
+    from remat.cli.screen import machine_output, note
+
+    with machine_output(as_json) as write:
+        with ProgressBars("planning") as progress:
+            inputs = load_inputs(workload, hf_config, batch)
+
+            from remat.fit import Fit  # one trace for the plan and the front
+
+            fit = Fit(
+                inputs.model,
+                inputs.batch,
+                device=device,
+                progress=progress.by_share,
+                **inputs.step,
+            )
+            plan = None if budget is None else fit.plan(budget)
+            points = (0 if as_json else _FRONT_POINTS) if frontier is None else frontier
+            front = fit.frontier(points) if points else []
+        if plan is not None and output is not None:
+            plan.save(output)
+            note(f"plan written to {output}")
+        if as_json:
+            write(_as_json(plan, front, with_front=frontier is not None))
+        else:
+            _print(inputs.name, plan, front)
+    return 0
+
+
+def _as_json(plan: Plan | None, front: list[Plan], *, with_front: bool) -> str:
+    """A plan alone is a plan file; with the front, an object of both."""
+    import json
+
+    if plan is not None and not with_front:
+        return plan.model_dump_json(indent=1)
+    return json.dumps(
+        {
+            "plan": None if plan is None else plan.model_dump(mode="json"),
+            "frontier": [point.model_dump(mode="json") for point in front],
+        },
+        indent=1,
+    )
+
+
+def _print(name: str, plan: Plan | None, front: list[Plan]) -> None:
+    from remat.cli.screen import out
+    from remat.cli.sketch import front_view
+    from remat.cli.tables import plan_view
+
+    console = out()
+    if plan is not None:
+        console.print(plan_view(name, plan))
+    if front:
+        console.print(front_view(front, plan, console.width))

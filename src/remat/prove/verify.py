@@ -1,0 +1,302 @@
+"""Verify: the planned step against the unplanned one, bit for bit, and its peak to the plan's."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remat.errors import ApplyError, VerificationError
+from remat.planner.records import Plan
+from remat.prove.allocator import record_peak, step_tensors
+from remat.prove.measure import check_real, restored
+from remat.prove.records import Difference, Verification
+from remat.regions.apply import Handle, apply, is_applied
+from remat.regions.fingerprint import check_batch_matches, check_model_matches
+from remat.trace.standin import random_states, restore_random_states
+from remat.trace.step import (
+    DEFAULT_OPTIMIZER,
+    Loss,
+    OptimizerLike,
+    check_model,
+    compute_loss,
+    make_optimizer,
+)
+
+# Any: batches are the user's own types.
+
+_MOST_REPEATS = 5
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """Everything that one step leaves behind, copied."""
+
+    tensors: dict[str, Tensor | None] = field(default_factory=dict)
+    hook_calls: dict[str, int] = field(default_factory=dict)
+    training: dict[str, bool] = field(default_factory=dict)
+
+
+def verify(
+    model: nn.Module,
+    batch: Any,
+    plan: Plan,
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
+) -> Verification:
+    """Run one step without and one with the plan from the same state, and compare everything.
+
+    Compared bit for bit: the loss, every gradient (also which are none), every parameter after the
+    optimizer's step, every buffer, the final state of each random generator, how often each
+    module's forward hooks fired, and every module's training flag. Where they differ, the unplanned
+    step is run again: a model that differs from itself as much passes as `within_noise`. The
+    planned step's peak is measured in a warm step. The model is put back as it was.
+
+    Raises
+    ------
+    PlanMismatchError: if the plan was made for another model, batch or version.
+    ApplyError: if a plan is on the model already.
+    WorkloadError: if the model or batch has no values.
+    VerificationError: if the planned step fails.
+    """
+    check_model(model)
+    device = check_real(model, batch)
+    check_model_matches(model, plan.fingerprint)
+    check_batch_matches(batch, plan.fingerprint)
+    if is_applied(model):
+        raise ApplyError(
+            "a plan is on this model: call handle.remove() first, verify applies the plan itself."
+        )
+    step = functools.partial(_outcome, model, batch, loss=loss, optimizer=optimizer)
+    reference = step()
+    try:
+        with apply(model, plan):
+            planned = step()
+    except Exception as error:
+        raise VerificationError(
+            f"the planned step failed where the unplanned one runs: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        ) from error
+    differences = compare(reference, planned)
+    noise: tuple[Difference, ...] = ()
+    if differences:
+        noise = _noise(reference, differences, step)
+    measured = _warm_peak(model, batch, plan, loss, optimizer, device)
+    within_noise = bool(differences) and _is_within(differences, noise)
+    return Verification(
+        identical=not differences,
+        within_noise=within_noise,
+        passed=(not differences or within_noise) and measured <= plan.budget_bytes,
+        differences=differences,
+        noise=noise,
+        num_compared=len(reference.tensors) + len(reference.hook_calls) + len(reference.training),
+        measured_peak_bytes=measured,
+        predicted_peak_bytes=plan.predicted_peak_bytes,
+        budget_bytes=plan.budget_bytes,
+        peak_error=plan.predicted_peak_bytes / measured - 1,
+        within_budget=measured <= plan.budget_bytes,
+        notes=_notes(model, plan, reference, noise),
+    )
+
+
+def _outcome(
+    model: nn.Module, batch: Any, *, loss: Loss | None, optimizer: OptimizerLike
+) -> _Outcome:
+    """Run one step and copy what it leaves; put the model back."""
+    outcome = _Outcome()
+    counts: Counter[str] = Counter()
+    with restored(model), _counted_hooks(model, counts):
+        stepper = make_optimizer(optimizer, model)
+        value = compute_loss(model, batch, loss)
+        value.backward()  # type: ignore[no-untyped-call]
+        tensors: dict[str, Tensor | None] = {"loss": value.detach().clone()}
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            tensors[f"gradient of {name}"] = None if gradient is None else gradient.clone()
+        if stepper is not None:
+            stepper.step()
+            for name, parameter in model.named_parameters():
+                tensors[f"parameter {name} after the step"] = parameter.detach().clone()
+        for name, buffer in model.named_buffers():
+            tensors[f"buffer {name}"] = buffer.detach().clone()
+        for name, state in _random_tensors().items():
+            tensors[f"random state of {name}"] = state
+        outcome.training = {name: m.training for name, m in model.named_modules()}
+    outcome.tensors = tensors
+    outcome.hook_calls = dict(counts)
+    return outcome
+
+
+def compare(reference: _Outcome, other: _Outcome) -> tuple[Difference, ...]:
+    """List everything in which two steps differ, by bits."""
+    found = []
+    for name, before in reference.tensors.items():
+        after = other.tensors.get(name)
+        if before is None or after is None:
+            if (before is None) != (after is None):
+                found.append(_unequal(name, f"{_presence(before)} before, {_presence(after)} now"))
+        elif not same_bits(before, after):
+            found.append(_difference(name, before, after))
+    for label, one, two in (
+        ("forward hook calls of", reference.hook_calls, other.hook_calls),
+        ("training flag of", reference.training, other.training),
+    ):
+        for name in one.keys() | two.keys():
+            if one.get(name) != two.get(name):
+                where = name or "the model"
+                found.append(
+                    _unequal(f"{label} {where}", f"{one.get(name)} before, {two.get(name)} now")
+                )
+    return tuple(found)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have equal shape, dtype and bits; equal NaNs are equal."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _difference(name: str, before: Tensor, after: Tensor) -> Difference:
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return _unequal(
+            name,
+            f"{before.dtype} {tuple(before.shape)} before, {after.dtype} {tuple(after.shape)} now",
+        )
+    a, b = before.double(), after.double()
+    gap = (a - b).abs()
+    largest = float(gap.max()) if gap.numel() else 0.0
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    return Difference(
+        name=name, max_abs=largest, max_rel=largest / scale if scale else float("inf")
+    )
+
+
+def _unequal(name: str, note: str) -> Difference:
+    return Difference(name=name, max_abs=float("inf"), max_rel=float("inf"), note=note)
+
+
+def _presence(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else "a tensor"
+
+
+def _noise(
+    reference: _Outcome, differences: tuple[Difference, ...], step: Callable[[], _Outcome]
+) -> tuple[Difference, ...]:
+    """Return the largest difference of each tensor between any two unplanned steps.
+
+    More unplanned steps are run until they explain the differences or `_MOST_REPEATS` is reached;
+    none is wasted on a model that repeats itself exactly.
+    """
+    runs = [reference]
+    worst: dict[str, Difference] = {}
+    for _ in range(_MOST_REPEATS):
+        again = step()
+        for other in runs:
+            for found in compare(other, again):
+                known = worst.get(found.name)
+                if known is None or found.max_rel > known.max_rel:
+                    worst[found.name] = found
+        runs.append(again)
+        if not worst or _is_within(differences, tuple(worst.values())):
+            break
+    return tuple(worst.values())
+
+
+def _is_within(differences: tuple[Difference, ...], noise: tuple[Difference, ...]) -> bool:
+    """Whether every tensor differs by at most twice what it differs by from itself.
+
+    Twice, because the largest of a few repeats underestimates the noise.
+    """
+    allowed = {n.name: 2 * n.max_rel for n in noise if not n.note}
+    return all(not d.note and d.max_rel <= allowed.get(d.name, 0.0) for d in differences)
+
+
+def _warm_peak(
+    model: nn.Module,
+    batch: Any,
+    plan: Plan,
+    loss: Loss | None,
+    optimizer: OptimizerLike,
+    device: torch.device,
+) -> int:
+    """Return the peak of a step whose optimizer has its state, with the plan on."""
+    handle: Handle
+    with restored(model), apply(model, plan) as handle:
+        stepper = make_optimizer(optimizer, handle.model)
+
+        def step() -> Tensor:
+            value = compute_loss(model, batch, loss)
+            value.backward()  # type: ignore[no-untyped-call]
+            if stepper is not None:
+                stepper.step()
+            return value
+
+        step()
+        model.zero_grad(set_to_none=True)
+        return record_peak(step, step_tensors(model, batch, stepper), device).peak_bytes
+
+
+@contextlib.contextmanager
+def _counted_hooks(model: nn.Module, counts: Counter[str]) -> Iterator[None]:
+    """Count how often each module's forward hooks fire, as a user's own hook would see it."""
+    handles = []
+    for name, module in model.named_modules():
+
+        def count(*_: Any, _name: str = name) -> None:
+            counts[_name] += 1
+
+        handles.append(module.register_forward_hook(count))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    import pickle
+
+    states = random_states()
+    restore_random_states(states)
+    tensors: dict[str, Tensor] = {}
+    for name, state in states.items():
+        if isinstance(state, Tensor):
+            tensors[name] = state
+        elif name == "cuda":
+            for number, item in enumerate(state):
+                tensors[f"cuda:{number}"] = item
+        else:
+            tensors[name] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+    return tensors
+
+
+def _notes(
+    model: nn.Module, plan: Plan, reference: _Outcome, noise: tuple[Difference, ...]
+) -> tuple[str, ...]:
+    notes = []
+    missing = [n for n, t in reference.tensors.items() if t is None]
+    if missing:
+        notes.append(f"{len(missing)} parameters get no gradient, with and without the plan.")
+    if noise:
+        notes.append(
+            f"The unplanned model differs from itself in {len(noise)} tensors, by up to "
+            f"{max(n.max_rel for n in noise):.2e} relatively."
+        )
+    if model.training != plan.fingerprint.training:
+        notes.append(
+            f"The plan was made with training={plan.fingerprint.training}, this model has "
+            f"training={model.training}."
+        )
+    return tuple(notes)

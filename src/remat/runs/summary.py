@@ -1,0 +1,130 @@
+"""One paragraph about a run, for a reader who knows no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from remat.runs.reading import (
+    final_quality,
+    format_value,
+    is_time_difference_clear,
+    metric_name,
+    reference_of,
+    relative_time,
+)
+from remat.runs.records import Variant, VariantKind, VariantStatus, Verdict
+from remat.units import format_bytes, format_seconds
+
+
+def summarize(name: str, variants: Sequence[Variant], *, is_complete: bool) -> str:
+    """Write the paragraph: memory, time, whether the result changed, and what could not be done."""
+    reference = reference_of(variants)
+    planned = [
+        variant
+        for variant in variants
+        if variant.kind is VariantKind.PLANNED and variant.measured_peak_bytes is not None
+    ]
+    sentences = [] if is_complete else [_unfinished(variants)]
+    if reference is not None and reference.measured_peak_bytes and planned:
+        best = min(planned, key=lambda variant: variant.measured_peak_bytes or 0)
+        sentences.append(_headline(name, reference, best))
+        sentences.append(_sameness(variants))
+        sentences.extend(_against_policy(reference, variants))
+    elif planned:
+        best = min(planned, key=lambda variant: variant.measured_peak_bytes or 0)
+        sentences.append(
+            f"{name} trains within {format_bytes(best.measured_peak_bytes or 0)}; without a plan "
+            "it could not be run here, so there is nothing to compare with."
+        )
+    else:
+        sentences.append(f"No plan for {name} has been measured.")
+    sentences.extend(_infeasible(variants))
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _headline(name: str, reference: Variant, best: Variant) -> str:
+    before, after = reference.measured_peak_bytes or 0, best.measured_peak_bytes or 0
+    change = f"{after / before - 1:+.0%}".replace("-", "\N{MINUS SIGN}")
+    return (
+        f"{name} trains in {format_bytes(after)} of memory instead of {format_bytes(before)} "
+        f"({change}), {_time_cost(best, reference)}."
+    )
+
+
+def _time_cost(variant: Variant, reference: Variant) -> str:
+    ratio = relative_time(variant, reference)
+    if ratio is None or variant.step_times is None:
+        return "with its step time not measured yet"
+    if not is_time_difference_clear(variant, reference):
+        return "with no step time difference that could be told from noise"
+    word = "longer" if ratio > 0 else "shorter"
+    return (
+        f"with training steps {abs(ratio):.0%} {word} "
+        f"({format_seconds(variant.step_times.median_seconds)} each)"
+    )
+
+
+def _sameness(variants: Sequence[Variant]) -> str:
+    trained = [
+        variant
+        for variant in variants
+        if variant.kind is not VariantKind.REFERENCE and variant.losses_identical is not None
+    ]
+    failed = [variant for variant in variants if variant.verdict is Verdict.FAILED]
+    if failed:
+        named = "; ".join(f"{variant.label}: {variant.message}" for variant in failed)
+        return f"Checks FAILED. {named}."
+    if not trained:
+        return "Whether training gives the same result has not been checked to the end."
+    reference = reference_of(variants)
+    quality = final_quality(reference) if reference is not None else None
+    ending = ""
+    if quality is not None:
+        name, value = quality
+        ending = f", and validation {metric_name(name)} is {format_value(name, value)} in every run"
+    if all(variant.losses_identical and variant.weights_identical for variant in trained):
+        steps = len(trained[0].losses)
+        return (
+            f"The result of training is unchanged: the losses of all {steps:,} steps and the final "
+            f"weights equal those of training without a plan, bit for bit{ending}."
+        )
+    return (
+        "Training differs from that without a plan by no more than two runs without a plan differ "
+        "from each other."
+    )
+
+
+def _against_policy(reference: Variant, variants: Sequence[Variant]) -> list[str]:
+    """Compare with recomputing every block, what people do where they have no planner."""
+    usual = [
+        variant
+        for variant in variants
+        if variant.kind is VariantKind.POLICY and variant.losses and variant.step_times is not None
+    ]
+    if not usual:
+        return []
+    policy = usual[0]
+    ratio, peak = relative_time(policy, reference), policy.measured_peak_bytes
+    if ratio is None or peak is None:
+        return []
+    sign = "longer" if ratio > 0 else "shorter"
+    return [
+        (
+            f"For comparison, recomputing {policy.label} peaks at "
+            f"{format_bytes(peak)} with steps {abs(ratio):.0%} {sign}."
+        )
+    ]
+
+
+def _infeasible(variants: Sequence[Variant]) -> list[str]:
+    return [
+        f"The budget {variant.asked_budget} cannot be reached: the least peak found is "
+        f"{format_bytes(variant.minimum_bytes or 0)}."
+        for variant in variants
+        if variant.status is VariantStatus.INFEASIBLE
+    ]
+
+
+def _unfinished(variants: Sequence[Variant]) -> str:
+    done = sum(variant.status is VariantStatus.FINISHED for variant in variants)
+    return f"This run was not finished ({done} of {len(variants)} variants were)."

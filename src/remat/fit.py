@@ -36,9 +36,6 @@ _log = logging.getLogger(__name__)
 
 # Kept free, relative to the peak, where kernels' own workspace could not be measured.
 UNKNOWN_WORKSPACE_MARGIN = 0.05
-# Kept free always: scalars and other crumbs that kernels allocate below the dispatcher. Under a
-# hundred bytes were seen at any peak.
-CRUMBS_BYTES = 16 * 1024
 _MOST_REPAIRS = 6
 
 Progress = Callable[[str, float], None]
@@ -304,8 +301,8 @@ class Fit:
     def _margin(self, peak_bytes: int) -> int:
         """Return the bytes that are kept free above a simulated peak."""
         if self._is_workspace_known:
-            return CRUMBS_BYTES
-        return CRUMBS_BYTES + int(peak_bytes * UNKNOWN_WORKSPACE_MARGIN)
+            return 0
+        return int(peak_bytes * UNKNOWN_WORKSPACE_MARGIN)
 
     # -- the record -------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ def _make_bars(console: object) -> Progress:
         def render(self, task: Task) -> Text:
             if task.finished or not task.time_remaining:
                 return Text("")
-            return Text(f"{format_seconds(task.time_remaining)} left", style="cyan")
+            return Text(f"{_in_seconds(task.time_remaining)} left", style="cyan")
 
     return Progress(
         SpinnerColumn(finished_text="✓"),
@@ -112,3 +112,8 @@ def _make_bars(console: object) -> Progress:
         console=console,
         transient=True,  # what the command found is what stays on the screen
     )
+
+
+def _in_seconds(duration: float) -> str:
+    """Write an estimate without a precision that it does not have."""
+    return f"{round(duration)} s" if duration < 60 else format_seconds(duration)

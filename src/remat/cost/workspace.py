@@ -1,83 +1,96 @@
 """Workspace: bytes that kernels take for themselves, which fake tensors cannot show.
 
-Convolutions reorder their operands into blocked layouts, attention takes a buffer for each thread,
-and normalizations copy operands that are not contiguous. What they take is a fact of kernel, shape
-and thread count, so it is measured: each such op of a step is run once by itself, on made-up
-values, under the allocator's record. No activation of the step is made, and one op's operands are
-alive at a time.
+Convolutions reorder their operands into blocked layouts, losses and attention take buffers, and
+many kernels copy operands that have gaps or repeats in memory. What they take is a fact of kernel,
+shape and thread count, so it is measured: each such op of a step is run once by itself, on made-up
+values, under the allocator's record. No activation of the step is made, and the operands of one op,
+at most a few MiB, are alive at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from remat.cost.allocations import most_allocated
-from remat.cost.replay import moved_bytes, replay
+from remat.cost.replay import find_operator, moved_bytes, replay
 from remat.trace.recorder import tensors_in
 from remat.trace.records import OpSignature, TensorMeta
+from remat.trace.standin import random_states, restore_random_states
 
 # Any: an op's results are of many types.
 
 _log = logging.getLogger(__name__)
 
-_ALWAYS = frozenset({
-    "aten.convolution",
-    "aten.convolution_backward",
-    "aten.native_batch_norm_backward",
-    "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward",
+# Ops that take nothing where their operands are dense in memory, by survey; pointwise ops as well.
+_FREE_IF_DENSE = frozenset({
+    "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.dot", "aten.mv",
+    "aten._softmax", "aten._softmax_backward_data",
+    "aten._log_softmax", "aten._log_softmax_backward_data",
+    "aten.native_layer_norm", "aten.native_layer_norm_backward", "aten.native_batch_norm",
+    "aten.sum", "aten.mean", "aten.var_mean", "aten.amax", "aten.amin", "aten.max", "aten.argmax",
+    "aten.nll_loss_forward", "aten.nll_loss_backward", "aten.embedding", "aten.cat", "aten.stack",
+    "aten.gather", "aten.index_select", "aten.scatter", "aten.arange",
+    "aten.max_pool2d_with_indices", "aten.avg_pool2d", "aten.native_dropout",
+    "aten.slice_backward", "aten.select_backward", "aten.split_with_sizes_copy", "aten.bernoulli_",
+    "aten.constant_pad_nd", "aten.tril", "aten.triu", "aten.repeat", "aten.roll", "aten.flip",
 })  # fmt: skip
-_IF_STRIDED = frozenset({
-    "aten.native_layer_norm",
-    "aten.native_layer_norm_backward",
-    "aten.native_group_norm",
-    "aten.native_group_norm_backward",
+# Ops that only make, fill or copy memory, whatever the strides.
+_FREE = frozenset({
+    "aten.clone", "aten.copy_", "aten._to_copy", "aten.empty", "aten.empty_like",
+    "aten.empty_strided", "aten.zeros", "aten.zeros_like", "aten.ones", "aten.ones_like",
+    "aten.full", "aten.full_like", "aten.fill_", "aten.zero_", "aten.new_empty", "aten.new_zeros",
+    "aten.new_empty_strided", "aten.new_ones", "aten.new_full", "aten.scalar_tensor",
+    "aten.lift_fresh", "aten.lift_fresh_copy", "aten._unsafe_view", "aten.rand", "aten.randn",
 })  # fmt: skip
+# Matrix products copy operands of these types into packed layouts.
+_PACKED_DTYPES = frozenset({"bfloat16", "float16"})
+# Which arguments have the examples in their first dimension, where a weight may have as many.
+_EXAMPLES = {"aten.convolution": (0,), "aten.convolution_backward": (0, 1)}
 
-# Operands above this are replaced by fewer examples, and the workspace scaled up.
-LARGEST_OPERANDS = 256 * 2**20
+# Operands above this are replaced by fewer examples, and the workspace extrapolated.
+LARGEST_OPERANDS = 32 * 2**20
 
 # A fact does not change within a process, and measuring it takes milliseconds: keep it.
 _measured: dict[tuple[OpSignature, int], int] = {}
 
 
-def measure_workspace(
-    signatures: Iterable[OpSignature],
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> Mapping[OpSignature, int]:
+def measure_workspace(signatures: Iterable[OpSignature]) -> Mapping[OpSignature, int]:
     """Return the workspace in bytes of those CPU ops that take any, measured on this machine."""
     wanted = [s for s in signatures if _may_take_workspace(s)]
     threads = torch.get_num_threads()
-    found: dict[OpSignature, int] = {}
-    for number, signature in enumerate(wanted):
-        size = _measured.get((signature, threads))
-        if size is None:
-            size = _measured[signature, threads] = _measure(signature)
-        if size > 0:
-            found[signature] = size
-        if progress is not None:
-            progress(number + 1, len(wanted))
-    return found
+    fresh = [s for s in wanted if (s, threads) not in _measured]
+    if fresh:
+        generators = random_states()
+        try:
+            for signature in fresh:
+                _measured[signature, threads] = _measure(signature)
+        finally:
+            restore_random_states(generators)
+    sizes = {s: _measured[s, threads] for s in wanted}
+    return {s: size for s, size in sizes.items() if size > 0}
 
 
 def _may_take_workspace(signature: OpSignature) -> bool:
     family = signature.name.rpartition(".")[0]
-    if family in _ALWAYS:
-        return True
-    return family in _IF_STRIDED and any(
-        isinstance(a, TensorMeta) and not _is_contiguous(a) for a in signature.arguments
-    )
+    operator = find_operator(signature.name)
+    if operator is None or family in _FREE or getattr(operator, "is_view", False):
+        return False
+    metas = [a for a in signature.arguments if isinstance(a, TensorMeta)]
+    if torch.Tag.pointwise in operator.tags or family in _FREE_IF_DENSE:
+        is_packed = family in _FREE_IF_DENSE and any(m.dtype in _PACKED_DTYPES for m in metas)
+        return is_packed or not all(_is_dense(m) for m in metas)
+    return bool(metas)
 
 
-def _is_contiguous(meta: TensorMeta) -> bool:
+def _is_dense(meta: TensorMeta) -> bool:
+    """Whether a tensor fills its memory without gaps or repeats, in any order of dimensions."""
     expected = 1
-    for size, step in zip(reversed(meta.shape), reversed(meta.stride), strict=True):
+    for step, size in sorted(zip(meta.stride, meta.shape, strict=True)):
         if size != 1 and step != expected:
             return False
         expected *= size
@@ -85,31 +98,46 @@ def _is_contiguous(meta: TensorMeta) -> bool:
 
 
 def _measure(signature: OpSignature) -> int:
-    shrink = -(-moved_bytes(signature) // LARGEST_OPERANDS)
-    small = _with_fewer_examples(signature, shrink) if shrink > 1 else signature
-    run = replay(small, torch.device("cpu"))
+    """Run an op, or smaller ones of its kind, and return its workspace."""
+    try:
+        shrink = -(-moved_bytes(signature) // LARGEST_OPERANDS)
+        if shrink == 1:
+            return _measure_once(signature)
+        examples = _examples(signature)
+        few = max(1, examples // shrink // 2)
+        small, large = (
+            _measure_once(_with_examples(signature, examples, n)) for n in (few, 2 * few)
+        )
+        return max(0, round(small + (large - small) * (examples - few) / few))
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        _log.info("workspace of %s could not be measured: %s", signature.name, error)
+        return 0
+
+
+def _measure_once(signature: OpSignature) -> int:
+    run = replay(signature, torch.device("cpu"))
     if run is None:
         return 0
     results: list[Any] = []
-    try:
-        peak = most_allocated(lambda: results.append(run()))
-    except (RuntimeError, TypeError) as error:
-        _log.warning("workspace of %s could not be measured: %s", signature.name, error)
-        return 0
+    peak = most_allocated(lambda: results.append(run()))
     outputs = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(results)
     }
-    return max(0, peak - sum(outputs.values())) * shrink
+    return max(0, peak - sum(outputs.values()))
 
 
-def _with_fewer_examples(signature: OpSignature, factor: int) -> OpSignature:
-    """Divide the first dimension of the tensors that share the largest one's."""
-    metas = [a for a in signature.arguments if isinstance(a, TensorMeta) and len(a.shape) > 2]
-    batch = max(metas, key=lambda m: m.num_elements).shape[0]
-    arguments = tuple(
-        dataclasses.replace(a, shape=(max(1, batch // factor), *a.shape[1:]))
-        if isinstance(a, TensorMeta) and len(a.shape) > 2 and a.shape[0] == batch
-        else a
-        for a in signature.arguments
-    )
-    return dataclasses.replace(signature, arguments=arguments)
+def _examples(signature: OpSignature) -> int:
+    metas = [a for a in signature.arguments if isinstance(a, TensorMeta) and a.shape]
+    return max(metas, key=lambda m: m.num_elements).shape[0]
+
+
+def _with_examples(signature: OpSignature, examples: int, number: int) -> OpSignature:
+    """Give the arguments that hold the examples fewer of them."""
+    family = signature.name.rpartition(".")[0]
+    positions = _EXAMPLES.get(family, range(len(signature.arguments)))
+    arguments = list(signature.arguments)
+    for position in positions:
+        meta = arguments[position]
+        if isinstance(meta, TensorMeta) and meta.shape and meta.shape[0] == examples:
+            arguments[position] = dataclasses.replace(meta, shape=(number, *meta.shape[1:]))
+    return dataclasses.replace(signature, arguments=tuple(arguments))

@@ -195,9 +195,12 @@ def _time_all(book: _Book, subject: Subject, *, rounds: int, warmup_rounds: int)
         model = subject.workload.model()
         optimizer = make_optimizer(optimizer_of(subject.workload), model)
         assert optimizer is not None
+        device = model_device(model)
 
         def step() -> None:
             train_step(model, subject.batch, subject.workload, optimizer)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the loss is there before the optimizer is done
 
         def prepare(variant: Variant) -> Prepare:
             @contextlib.contextmanager

@@ -69,12 +69,14 @@ def figures(plan: Plan) -> Iterator[tuple[str, str, str]]:
     saved = plan.keep_all_peak_bytes - plan.predicted_peak_bytes
     remark = f"{format_bytes(saved)} more than planned" if saved > 0 else "the same"
     yield "keep-everything peak", format_bytes(plan.keep_all_peak_bytes), remark
+    source = f" ({plan.cost_source})" if plan.cost_source else ""
+    extra = (
+        f"{format_seconds(plan.recompute_seconds)} more than" if plan.regions else "no more than"
+    )
     yield (
         "recomputed",
         f"{plan.recompute_fraction:.1%}",
-        f"of the forward pass: {format_seconds(plan.recompute_seconds)} on top of a step of "
-        f"{format_seconds(plan.step_seconds)}"
-        + (f" ({plan.cost_source})" * bool(plan.cost_source)),
+        f"of the forward pass: {extra} the {format_seconds(plan.step_seconds)} of a step{source}",
     )
     yield (
         "lower bound",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from remat.cost.model import StepCost
 from remat.planner.options import Option
-from remat.trace.records import BASE_KINDS, StepTrace
+from remat.trace.records import BASE_KINDS, CRUMBS_BYTES, StepTrace
 
 Interval = tuple[int, int]
 
@@ -45,7 +45,7 @@ class Timeline:
     def __init__(self, trace: StepTrace, cost: StepCost, options: tuple[Option, ...]) -> None:
         self.trace = trace
         self.options = options
-        self.base_bytes = trace.base_bytes
+        self.base_bytes = trace.base_bytes + CRUMBS_BYTES
         self.handles_of: dict[int, list[int]] = {}
         for number, handle in enumerate(trace.handles):
             if trace.storages[handle.storage].kind not in BASE_KINDS:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from remat.report.palette import variant_roles
-from remat.runs.reading import final_quality, format_value, metric_name, reference_of, relative_time
+from remat.runs.reading import (
+    MINUS,
+    best_planned,
+    final_quality,
+    format_value,
+    is_time_difference_clear,
+    metric_name,
+    reference_of,
+    relative_time,
+)
 from remat.runs.records import Run, RunStatus, Variant, VariantKind, VariantStatus, Verdict
 from remat.units import format_bytes, format_seconds
 
@@ -64,14 +72,8 @@ def tiles(run: Run) -> list[Tile]:
     if best is not None and best.measured_peak_bytes:
         found.append(_memory_tile(best, reference))
         ratio = relative_time(best, reference)
-        if ratio is not None and best.step_times is not None and reference is not None:
-            found.append(
-                Tile(
-                    title="Time per step",
-                    value=signed_percent(ratio),
-                    detail=f"{step_time(best)} under {best.label}, {step_time(reference)} without",
-                )
-            )
+        if ratio is not None and reference is not None:
+            found.append(_time_tile(best, reference, ratio))
     found.append(_result_tile(run))
     errors = [abs(e) for v in run.variants if (e := peak_error(v)) is not None]
     if errors:
@@ -91,12 +93,6 @@ def rows(run: Run) -> list[Row]:
     return [_row(variant, reference, roles[variant.label]) for variant in run.variants]
 
 
-def best_planned(variants: Sequence[Variant]) -> Variant | None:
-    """Return the planned variant with the least measured peak."""
-    found = [v for v in variants if v.kind is VariantKind.PLANNED and v.measured_peak_bytes]
-    return min(found, key=lambda v: v.measured_peak_bytes or 0, default=None)
-
-
 def peak_error(variant: Variant) -> float | None:
     """Predicted over measured peak, minus one."""
     if not (variant.predicted_peak_bytes and variant.measured_peak_bytes):
@@ -114,17 +110,18 @@ def step_time(variant: Variant) -> str:
 
 def signed_percent(ratio: float, digits: int = 0) -> str:
     """Write a ratio with its sign, with a true minus."""
-    return f"{ratio:+.{digits}%}".replace("-", "\N{MINUS SIGN}")
+    return f"{ratio:+.{digits}%}".replace("-", MINUS)
 
 
 def how_measured(run: Run) -> list[tuple[str, str]]:
     """Give what a reader needs to judge the figures or to get them again."""
     env = run.environment
+    threads = "1 thread" if env.num_threads == 1 else f"{env.num_threads} threads"
     memory = "" if env.memory_bytes is None else f", {format_bytes(env.memory_bytes)} memory"
     times = [v.step_times for v in run.variants if v.step_times is not None]
     rounds = (
         f"median and interquartile range of {len(times[0].seconds)} steps per variant, taken in "
-        f"turn after {times[0].warmup_rounds} warm-up rounds"
+        f"turn, after {times[0].warmup_rounds} of each that did not count"
         if times
         else "not measured"
     )
@@ -135,7 +132,7 @@ def how_measured(run: Run) -> list[tuple[str, str]]:
     return [
         ("Command", env.command),
         ("Date", run.created),
-        ("Machine", f"{env.processor}, {env.num_threads} threads{memory} ({env.machine})"),
+        ("Machine", f"{env.processor}, {threads}{memory} ({env.machine})"),
         ("Device", env.device),
         ("Versions", ", ".join(f"{name} {v}" for name, v in env.versions.items())),
         ("Python", env.python),
@@ -160,6 +157,13 @@ def _memory_tile(best: Variant, reference: Variant | None) -> Tile:
         detail=f"{format_bytes(after)} under {best.label}, {format_bytes(before)} without",
         is_good=after < before,
     )
+
+
+def _time_tile(best: Variant, reference: Variant, ratio: float) -> Tile:
+    detail = f"{step_time(best)} under {best.label}, {step_time(reference)} without"
+    if not is_time_difference_clear(best, reference):
+        detail += "; within the noise of measurement"
+    return Tile(title="Time per step", value=signed_percent(ratio), detail=detail)
 
 
 def _result_tile(run: Run) -> Tile:
@@ -206,7 +210,9 @@ def _row(variant: Variant, reference: Variant | None, role: str) -> Row:
         budget=_bytes(variant.budget_bytes),
         predicted=_bytes(variant.predicted_peak_bytes),
         measured=_bytes(variant.measured_peak_bytes),
-        peak_error=NOTHING if error is None else signed_percent(error, 2),
+        peak_error=NOTHING
+        if error is None
+        else signed_percent(error, 2).replace("+0.00%", "0.00%"),
         step_time=NOTHING if times is None else format_seconds(times.median_seconds),
         step_spread="" if times is None else f"± {format_seconds(times.iqr_seconds / 2)}",
         extra_time=NOTHING if ratio is None or is_reference else signed_percent(ratio),

@@ -6,11 +6,19 @@ from collections.abc import Sequence
 
 from remat.runs.records import Variant, VariantKind
 
+MINUS = "\N{MINUS SIGN}"
+
 
 def reference_of(variants: Sequence[Variant]) -> Variant | None:
     """Return the variant without a plan, which all others are compared with."""
     found = [variant for variant in variants if variant.kind is VariantKind.REFERENCE]
     return found[0] if found else None
+
+
+def best_planned(variants: Sequence[Variant]) -> Variant | None:
+    """Return the planned variant with the least measured peak."""
+    found = [v for v in variants if v.kind is VariantKind.PLANNED and v.measured_peak_bytes]
+    return min(found, key=lambda v: v.measured_peak_bytes or 0, default=None)
 
 
 def relative_time(variant: Variant, reference: Variant | None) -> float | None:
@@ -33,7 +41,7 @@ def final_quality(variant: Variant) -> tuple[str, float] | None:
     if not variant.quality:
         return None
     metrics = variant.quality[-1].metrics
-    for name in ("accuracy", "perplexity", "r2", "loss"):
+    for name in ("perplexity", "accuracy", "r2", "loss"):
         if name in metrics:
             return name, metrics[name]
     return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from remat.runs.reading import (
+    MINUS,
+    best_planned,
     final_quality,
     format_value,
     is_time_difference_clear,
@@ -19,19 +21,13 @@ from remat.units import format_bytes, format_seconds
 def summarize(name: str, variants: Sequence[Variant], *, is_complete: bool) -> str:
     """Write the paragraph: memory, time, whether the result changed, and what could not be done."""
     reference = reference_of(variants)
-    planned = [
-        variant
-        for variant in variants
-        if variant.kind is VariantKind.PLANNED and variant.measured_peak_bytes is not None
-    ]
+    best = best_planned(variants)
     sentences = [] if is_complete else [_unfinished(variants)]
-    if reference is not None and reference.measured_peak_bytes and planned:
-        best = min(planned, key=lambda variant: variant.measured_peak_bytes or 0)
+    if reference is not None and reference.measured_peak_bytes and best is not None:
         sentences.append(_headline(name, reference, best))
         sentences.append(_sameness(variants))
         sentences.extend(_against_policy(reference, variants))
-    elif planned:
-        best = min(planned, key=lambda variant: variant.measured_peak_bytes or 0)
+    elif best is not None:
         sentences.append(
             f"{name} trains within {format_bytes(best.measured_peak_bytes or 0)}; without a plan "
             "it could not be run here, so there is nothing to compare with."
@@ -44,7 +40,7 @@ def summarize(name: str, variants: Sequence[Variant], *, is_complete: bool) -> s
 
 def _headline(name: str, reference: Variant, best: Variant) -> str:
     before, after = reference.measured_peak_bytes or 0, best.measured_peak_bytes or 0
-    change = f"{after / before - 1:+.0%}".replace("-", "\N{MINUS SIGN}")
+    change = f"{after / before - 1:+.0%}".replace("-", MINUS)
     return (
         f"{name} trains in {format_bytes(after)} of memory instead of {format_bytes(before)} "
         f"({change}), {_time_cost(best, reference)}."
@@ -56,12 +52,10 @@ def _time_cost(variant: Variant, reference: Variant) -> str:
     if ratio is None or variant.step_times is None:
         return "with its step time not measured yet"
     if not is_time_difference_clear(variant, reference):
-        return "with no step time difference that could be told from noise"
+        return f"with a step time that measurement noise hides ({ratio:+.0%})".replace("-", MINUS)
     word = "longer" if ratio > 0 else "shorter"
-    return (
-        f"with training steps {abs(ratio):.0%} {word} "
-        f"({format_seconds(variant.step_times.median_seconds)} each)"
-    )
+    median = format_seconds(variant.step_times.median_seconds)
+    return f"with training steps {abs(ratio):.0%} {word} ({median} each)"
 
 
 def _sameness(variants: Sequence[Variant]) -> str:
@@ -104,16 +98,11 @@ def _against_policy(reference: Variant, variants: Sequence[Variant]) -> list[str
     if not usual:
         return []
     policy = usual[0]
-    ratio, peak = relative_time(policy, reference), policy.measured_peak_bytes
-    if ratio is None or peak is None:
+    if policy.measured_peak_bytes is None:
         return []
-    sign = "longer" if ratio > 0 else "shorter"
-    return [
-        (
-            f"For comparison, recomputing {policy.label} peaks at "
-            f"{format_bytes(peak)} with steps {abs(ratio):.0%} {sign}."
-        )
-    ]
+    peak = format_bytes(policy.measured_peak_bytes)
+    cost = _time_cost(policy, reference)
+    return [f"For comparison, recomputing {policy.label} peaks at {peak}, {cost}."]
 
 
 def _infeasible(variants: Sequence[Variant]) -> list[str]:

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from remat.trace.records import BASE_KINDS, KINDS, TEMPORARIES, OpSignature, StepTrace
+from remat.trace.records import (
+    BASE_KINDS,
+    CRUMBS_BYTES,
+    KINDS,
+    TEMPORARIES,
+    OpSignature,
+    StepTrace,
+)
 
 
 def memory_by_kind(
@@ -28,6 +35,7 @@ def memory_by_kind(
             changed[start] += storage.size_bytes
             changed[end + 1] -= storage.size_bytes
     curves = {kind: np.cumsum(changed)[: trace.num_ticks] for kind, changed in changes.items()}
+    curves[TEMPORARIES] += CRUMBS_BYTES
     if workspace:
         for op in trace.ops:
             curves[TEMPORARIES][op.tick] += workspace.get(trace.signatures[op.signature], 0)

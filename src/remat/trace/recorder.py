@@ -253,6 +253,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         produced = list(tensors_in(out))
         outputs = [self.register(t, kind) for t in produced]
         fresh = tuple(dict.fromkeys(i for i in outputs if i >= known))
+        if func._schema.name in _RESIZED_RESULTS and fresh and out.numel() == 1:
+            # The storage is that of the loss before it was reduced.
+            self.storages[fresh[0]].size_bytes = max(t.numel() for t in tensors) * out.itemsize
         mutated = _mutated(func, args, kwargs)
         mutated_ids = tuple(dict.fromkeys(self.register(t, kind) for t in mutated))
         moved = sum(t.numel() * t.element_size() for t in (*tensors, *produced))
@@ -319,6 +322,9 @@ def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
         found.extend(tensors_in(value))
     return found
 
+
+# Losses whose kernel reduces into the memory of the unreduced loss, and returns that.
+_RESIZED_RESULTS = frozenset({"aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss"})
 
 # Ops that update running statistics although their schema does not say so.
 _BATCH_NORM_ARGUMENTS = {

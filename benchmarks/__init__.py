@@ -1,0 +1,1 @@
+"""Benchmarks: published shapes, and what planning reaches on them."""

@@ -1,0 +1,269 @@
+"""What planning reaches on nine architectures: one command, one results file, one picture.
+
+    python benchmarks/core.py [--models gpt2s vit] [--quick] [--time]
+
+For each model: eight budgets from the least reachable to the keep-everything peak, each planned
+from nothing and measured in a process of its own; the best fixed policy at each; verification with
+dropout on; a sweep of twenty budgets; the prototype's budgets; and an 8B shape on the meta device.
+A stopped run goes on where it was, as long as the package's source is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime as dt
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+if str(ROOT) not in sys.path:  # run as a file
+    sys.path.insert(0, str(ROOT))
+
+# Before torch is imported, here and in the stages: no look-ups.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+
+from benchmarks.core_report import draw_front, markdown, summarize  # noqa: E402
+from benchmarks.stages import path_of  # noqa: E402
+from remat.files import write_atomically  # noqa: E402
+
+# Any: stages exchange JSON.
+Data = dict[str, Any]
+
+MODELS = ("gpt2s", "gpt2", "llama", "t5", "vit", "resnet50", "convnext", "unet", "moe")
+ABSTRACT = "llama8b"
+PICTURED = "gpt2"
+_STAGE_LIMIT_S = 3600
+
+
+def main() -> int:
+    """Run what is not done yet, then write results, table and picture."""
+    arguments = _arguments()
+    points, sweep = (3, 5) if arguments.quick else (arguments.budgets, arguments.sweep)
+    work = arguments.out / ".work" / f"{_source_digest()}-{points}-{sweep}-{arguments.threads}"
+    work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    runner = Runner(work, arguments.threads)
+    for number, model in enumerate(arguments.models):
+        print(f"[{number + 1}/{len(arguments.models)}] {model}", flush=True)
+        runner.run_all(model, points=points, sweep=sweep, jobs=arguments.jobs, timed=arguments.time)
+    if not arguments.quick and not arguments.no_abstract:
+        print(ABSTRACT, flush=True)
+        runner.run("abstract", ABSTRACT)
+    results = _collect(work, arguments, points, runner.failures)
+    date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
+    stem = arguments.out / f"core_{_hardware()}_{date}"
+    write_atomically(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
+    write_atomically(stem.with_suffix(".md"), markdown(results))
+    print(markdown(results))
+    print(f"{stem}.json, {stem}.md, {time.monotonic() - started:.0f} s")
+    pictured = next((m for m in results["models"] if m["name"] == PICTURED), None)
+    if pictured is not None and not arguments.quick:
+        write_atomically(arguments.picture, draw_front(pictured))
+        print(arguments.picture)
+    return 0 if all(row["reached"] for row in results["summary"]) and not runner.failures else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--budgets", type=int, default=8, help="budgets for each model")
+    parser.add_argument("--sweep", type=int, default=20, help="budgets for monotonicity")
+    parser.add_argument("--quick", action="store_true", help="three budgets, five in the sweep")
+    parser.add_argument("--time", action="store_true", help="time steps as well (long)")
+    parser.add_argument("--no-abstract", action="store_true", help="leave the 8B shape out")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that check, at once")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pareto.svg")
+    return parser.parse_args()
+
+
+class Runner:
+    """Runs stages in processes of their own and remembers which failed."""
+
+    def __init__(self, work: Path, threads: int) -> None:
+        self._work = work
+        self._environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        self.failures: list[Data] = []
+
+    def run_all(self, model: str, *, points: int, sweep: int, jobs: int, timed: bool) -> None:
+        """Run every stage of one model.
+
+        What is planned and timed runs alone, because its seconds are published; what only checks
+        bytes and bits runs in `jobs` processes at once.
+        """
+        if not self.run("bounds", model, points=points):
+            return
+        for index in range(points):
+            self.run("plan", model, index=index)
+        self.run("sweep", model, points=sweep)
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            # The first of each makes what the others read.
+            checks = [
+                pool.submit(self.run, "policies", model),
+                pool.submit(self.run, "targets", model),
+                pool.submit(self.run, "verify", model, index=0, points=points),
+                *(pool.submit(self.run, "measure", model, index=i) for i in range(-1, points)),
+            ]
+            checks[2].result()
+            checks += [
+                pool.submit(self.run, "verify", model, index=i, points=points)
+                for i in range(1, points)
+            ]
+            for check in checks:
+                check.result()
+        if timed:
+            self.run("times", model, points=points)
+
+    def run(
+        self, stage: str, model: str, *, index: int | None = None, points: int | None = None
+    ) -> bool:
+        """Run one stage unless its file is there; return whether it is now."""
+        target = path_of(self._work, model, stage, index)
+        if target.exists():
+            return True
+        command = [sys.executable, "-m", "benchmarks.stages", stage, model]
+        command += ["--work", str(self._work)]
+        command += [] if index is None else ["--index", str(index)]
+        command += [] if points is None else ["--points", str(points)]
+        label = f"{stage}{'' if index is None else f' {index}'}"
+        begin = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=self._environment, capture_output=True, text=True,
+                timeout=_STAGE_LIMIT_S, check=False,
+            )  # fmt: skip
+            problem = "" if done.returncode == 0 else _last_line(done.stderr)
+        except subprocess.TimeoutExpired:
+            problem = f"took longer than {_STAGE_LIMIT_S} s"
+        seconds = time.monotonic() - begin
+        if target.exists() and not problem:
+            print(f"  {model} {label}: {seconds:.1f} s", flush=True)
+            return True
+        print(f"  {model} {label}: FAILED after {seconds:.1f} s: {problem}", flush=True)
+        self.failures.append({"model": model, "stage": label, "problem": problem})
+        return False
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "no message"
+
+
+# -- results ----------------------------------------------------------------------------------
+
+
+def _collect(work: Path, arguments: argparse.Namespace, points: int, failures: list[Data]) -> Data:
+    models = [_model(work, model, points) for model in arguments.models]
+    abstract = _read(path_of(work, ABSTRACT, "abstract"))
+    return {
+        "schema_version": 1,
+        "theme": "core",
+        "date": dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds"),
+        "environment": _environment(arguments),
+        "summary": summarize(models, abstract),
+        "models": models,
+        "abstract": abstract,
+        "failures": failures,
+    }
+
+
+def _model(work: Path, model: str, points: int) -> Data:
+    found = _read(path_of(work, model, "bounds")) or {}
+    policies = _read(path_of(work, model, "policies")) or {"rows": [], "blocks": []}
+    times = _read(path_of(work, model, "times")) or {}
+    unplanned = _read(path_of(work, model, "measure", -1)) or {}
+    rows = []
+    for index in range(points):
+        row = _read(path_of(work, model, "plan", index))
+        if row is None:
+            continue
+        row.pop("plan", None)
+        measured = (_read(path_of(work, model, "measure", index)) or {}).get("peak_bytes")
+        row["measured_bytes"] = measured
+        if measured and row.get("predicted_bytes"):
+            row["signed_error"] = row["predicted_bytes"] / measured - 1
+        row["best_policy"] = _best_policy(policies["rows"], row["asked_bytes"])
+        row["verify"] = _read(path_of(work, model, "verify", index))
+        row["time"] = times.get(str(index))
+        rows.append(row)
+    return {
+        "name": model,
+        "keep_all_predicted_bytes": found.get("keep_all_bytes"),
+        "keep_all_measured_bytes": unplanned.get("peak_bytes"),
+        "least_budget_bytes": found.get("least_budget_bytes"),
+        "rows": rows,
+        "policies": policies["rows"],
+        "blocks": policies["blocks"],
+        "sweep": (_read(path_of(work, model, "sweep")) or {}).get("rows", []),
+        "targets": (_read(path_of(work, model, "targets")) or {}).get("rows", []),
+        "times": {name: times[name] for name in ("nothing", "all blocks") if name in times},
+    }
+
+
+def _best_policy(policies: list[Data], asked_bytes: int) -> Data | None:
+    """Return the cheapest fixed policy whose predicted peak fits, without any margin."""
+    fitting = [policy for policy in policies if policy["peak_bytes"] <= asked_bytes]
+    return min(fitting, key=lambda policy: policy["seconds"], default=None)
+
+
+def _read(path: Path) -> Data | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+# -- where it ran -----------------------------------------------------------------------------
+
+
+def _environment(arguments: argparse.Namespace) -> Data:
+    import torch
+
+    from remat.evaluation.environment import describe_environment
+
+    torch.set_num_threads(arguments.threads)
+    command = f"python benchmarks/core.py {' '.join(sys.argv[1:])}".strip()
+    described = describe_environment(torch.device("cpu"), command=command)
+    return json.loads(described.model_dump_json()) | {"num_cores": os.cpu_count()}
+
+
+def _hardware() -> str:
+    """Name the machine for a file: processor and cores."""
+    import torch
+
+    from remat.evaluation.environment import describe_environment
+
+    processor = describe_environment(torch.device("cpu")).processor or platform.machine()
+    words = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
+    return f"{words}-{os.cpu_count()}cores"
+
+
+def _source_digest() -> str:
+    """Digest the package and the benchmark: results of other code are not taken over."""
+    digest = hashlib.sha256()
+    folders = (ROOT / "src" / "remat", ROOT / "benchmarks")
+    for path in sorted(p for folder in folders for p in folder.rglob("*.py")):
+        if path.name not in ("core.py", "core_report.py") and not _is_presentation(path):
+            digest.update(path.read_bytes())
+    digest.update((ROOT / "src" / "remat" / "cost" / "devices.toml").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _is_presentation(path: Path) -> bool:
+    return bool({"cli", "report", "runs", "evaluation"} & set(path.relative_to(ROOT).parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -121,7 +121,7 @@ ZOO: dict[str, Entry] = {
             name="llama8b",
             make=lambda dropout: shapes.llama(
                 layers=32, width=4096, inner=14336, heads=32, key_value_heads=8,
-                vocabulary=128256, batch=1, tokens=2048, dropout=dropout,
+                vocabulary=128256, batch=4, tokens=2048, dropout=dropout,
             ),
             note='8 billion parameters: build it with device="meta"',
         ),

@@ -99,6 +99,7 @@ def test_garbage_collector_is_given_back_when_a_step_fails():
     with pytest.raises(RuntimeError, match="boom"):
         time_in_turn({"a": prepared}, rounds=1, warmup_rounds=0)
     assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=20))

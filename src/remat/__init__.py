@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from remat.cost.devices import Device, load_devices
+    from remat.cost.measured import measure_cost
     from remat.errors import (
         ApplyError,
         BudgetError,
@@ -43,6 +44,7 @@ _HOME = {
     "apply": "remat.regions.apply",
     "Handle": "remat.regions.apply",
     "measure": "remat.prove.measure",
+    "measure_cost": "remat.cost.measured",
     "simulate": "remat.prove.simulate",
     "verify": "remat.prove.verify",
     "evaluate": "remat.evaluation.evaluate",
@@ -79,6 +81,7 @@ __all__ = [
     "apply",
     "Handle",
     "measure",
+    "measure_cost",
     "simulate",
     "verify",
     "evaluate",

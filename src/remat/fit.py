@@ -65,7 +65,7 @@ def plan(
     loss: `(model, batch) -> scalar tensor`; by default the loss is taken from the model's output.
     optimizer: `(parameters) -> Optimizer`, an optimizer, or `None` to count no optimizer step.
     device: row of the device table whose speed prices ops; default by the model's device.
-    cost: prices of ops instead, for example measured ones (`remat.cost.measured`).
+    cost: prices of ops instead, for example measured ones (`remat.measure_cost`).
     time_limit_s: longest search; the best plan found by then is returned as `timed_out`.
     progress: called with what is being done and the share done, 0 to 1.
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from remat.errors import WorkloadError
 from remat.workload import Batch, Workload
@@ -83,12 +83,19 @@ def build_model(workload: Workload) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(workload.seed)
-        try:
-            model: object = workload.model()
-        except Exception as error:  # the user's function may raise anything
-            raise WorkloadError(
-                f"workload {workload.name!r}: calling model() raised {_where(error)}."
-            ) from error
+        return call_model(workload)
+
+
+def call_model(workload: Workload) -> nn.Module:
+    """Build the workload's model from the random state as it stands; errors as `build_model`."""
+    import torch
+
+    try:
+        model: object = workload.model()
+    except Exception as error:  # the user's function may raise anything
+        raise WorkloadError(
+            f"workload {workload.name!r}: calling model() raised {_where(error)}."
+        ) from error
     if not isinstance(model, torch.nn.Module):
         raise WorkloadError(
             f"workload {workload.name!r}: model() returned a {type(model).__name__}, expected a "
@@ -104,15 +111,49 @@ def first_batch(workload: Workload) -> Batch:
     ------
     WorkloadError: if the training data cannot be read, or holds no batch.
     """
-    batches = make_batches(
-        workload.train_data, workload.batch_size, seed=workload.seed, shuffle=False
-    )
+    return next(workload_batches(workload, "train_data", seed=workload.seed))
+
+
+def workload_batches(
+    workload: Workload,
+    part: Literal["train_data", "eval_data"],
+    *,
+    seed: int = 0,
+    shuffle: bool = False,
+    drop_last: bool = False,
+) -> Iterator[Batch]:
+    """Yield one pass over the workload's data as `make_batches` does; errors name the workload.
+
+    Raises
+    ------
+    WorkloadError: if there is no batch, or reading the data raises.
+    """
+    count = 0
     try:
-        return next(batches)
-    except StopIteration:
-        raise WorkloadError(f"workload {workload.name!r}: train_data holds no batch.") from None
+        for batch in make_batches(
+            getattr(workload, part),
+            workload.batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+        ):
+            count += 1
+            yield batch
     except WorkloadError as error:
-        raise WorkloadError(f"workload {workload.name!r}: train_data: {error}") from error
+        where = f" behind {count} batches" if count else ""
+        raise WorkloadError(f"workload {workload.name!r}: {part}{where}: {error}") from error
+    if count == 0:
+        raise WorkloadError(
+            f"workload {workload.name!r}: {part} holds no batch. Expected at least one example "
+            "or, from a function, one batch; a function must give a new iterable at each call."
+        )
+
+
+def num_examples_in(data: Any) -> int | None:  # the user's dataset, or what gives batches
+    """Count the examples of a dataset; `None` for data that come as finished batches."""
+    is_dataset = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    # a class, such as a dataset's own that was not called, is refused where batches are made
+    return len(data) if is_dataset and not isinstance(data, type) else None
 
 
 def make_batches(
@@ -131,6 +172,7 @@ def make_batches(
         iterable of finished batches, which `batch_size`, `shuffle` and `drop_last` leave alone.
     seed: of the shuffle. The same seed gives the same order, and torch's global generator is
         neither read nor advanced.
+    drop_last: leave out an incomplete last batch, unless it is the only one.
 
     Raises
     ------
@@ -139,15 +181,15 @@ def make_batches(
     try:
         if isinstance(data, type) or (callable(data) and not hasattr(data, "__getitem__")):
             yield from _finished_batches(data())
-        elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        elif (count := num_examples_in(data)) is not None:
             from torch.utils.data import DataLoader
 
             yield from DataLoader(
                 data,
                 batch_size=batch_size,
                 # an empty dataset gives no batch; DataLoader's random sampler would raise instead
-                shuffle=shuffle and len(data) > 0,
-                drop_last=drop_last,
+                shuffle=shuffle and count > 0,
+                drop_last=drop_last and count >= batch_size,
                 generator=_generator(seed),
             )
         else:

@@ -23,6 +23,7 @@ from remat.runs.records import FrontPoint, Variant, VariantKind, VariantStatus
 from remat.trace.step import check_model
 from remat.units import parse_budget
 from remat.workload import Batch, Workload
+from remat.workloads import call_model
 
 # Points of a timeline that are kept: more than a picture of this width can show.
 _TIMELINE_POINTS = 200
@@ -50,7 +51,7 @@ def make_subject(workload: Workload, *, seed: int) -> Subject:
     WorkloadError, CaptureError: if they make no training step that can be traced.
     """
     with seeded(seed):
-        model = workload.model()
+        model = call_model(workload)
         check_model(model)
         batch = to_device(next(training_batches(workload, seed=seed, epoch=0)), model_device(model))
         fit = Fit(model, batch, loss=workload.loss, optimizer=optimizer_of(workload))

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from remat.errors import WorkloadError
 from remat.workload import Batch, Workload
-from remat.workloads import make_batches
+from remat.workloads import num_examples_in, workload_batches
 
 
 def training_batches(workload: Workload, *, seed: int, epoch: int) -> Iterator[Batch]:
@@ -23,27 +22,18 @@ def training_batches(workload: Workload, *, seed: int, epoch: int) -> Iterator[B
     ------
     WorkloadError: if there is no batch, or reading the data raises.
     """
-    drop_last = _num_examples_in(workload) >= workload.batch_size
-    batches = make_batches(
-        workload.train_data,
-        workload.batch_size,
-        seed=seed + epoch,
-        shuffle=True,
-        drop_last=drop_last,
-    )
-    return _not_empty(batches, workload, "train_data")
+    return workload_batches(workload, "train_data", seed=seed + epoch, shuffle=True, drop_last=True)
 
 
 def validation_batches(workload: Workload) -> Iterator[Batch]:
     """Yield every validation batch in the order of the data; the errors are those of training."""
-    batches = make_batches(workload.eval_data, workload.batch_size)
-    return _not_empty(batches, workload, "eval_data")
+    return workload_batches(workload, "eval_data")
 
 
 def num_training_batches(workload: Workload) -> int | None:
     """Count the batches of an epoch; `None` for a function, which only running it can tell."""
-    examples = _num_examples_in(workload)
-    return max(examples // workload.batch_size, 1) if examples else None
+    count = num_examples_in(workload.train_data)
+    return None if count is None else max(count // workload.batch_size, 1)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -70,28 +60,3 @@ def describe_batch(batch: Batch) -> tuple[str, ...]:
     """Write shape and dtype of each tensor of a batch, such as `float32[64, 1, 8, 8]`."""
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
     return tuple(f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves)
-
-
-def _num_examples_in(workload: Workload) -> int:
-    """Length of a dataset of examples; 0 where the data come as finished batches."""
-    data = workload.train_data
-    is_dataset = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    # a class, such as a dataset's own that was not called, is refused where batches are made
-    return len(data) if is_dataset and not isinstance(data, type) else 0
-
-
-def _not_empty(batches: Iterator[Batch], workload: Workload, which: str) -> Iterator[Batch]:
-    count = 0
-    try:
-        for batch in batches:
-            count += 1
-            yield batch
-    except WorkloadError as error:
-        if count:
-            raise
-        raise WorkloadError(f"Workload {workload.name!r}: {which}: {error}") from error
-    if count == 0:
-        raise WorkloadError(
-            f"Workload {workload.name!r}: {which} holds no batch. Expected at least one example "
-            "or, from a function, one batch; a function must give a new iterable at each call."
-        )

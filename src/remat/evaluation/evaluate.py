@@ -42,6 +42,7 @@ from remat.runs.series import metrics_csv
 from remat.runs.store import METRICS_FILE, REPORT_FILE, RUN_FILE, claim_run_dir, new_run_dir
 from remat.trace.step import make_optimizer
 from remat.workload import Workload
+from remat.workloads import call_model
 
 # Called with the stage, how much of it is done, and how much it has in all (None: not known).
 ProgressFunction = Callable[[str, int, int | None], None]
@@ -192,7 +193,7 @@ def _time_all(book: _Book, subject: Subject, *, rounds: int, warmup_rounds: int)
     if not ready:
         return
     with seeded(subject.seed):
-        model = subject.workload.model()
+        model = call_model(subject.workload)
         optimizer = make_optimizer(optimizer_of(subject.workload), model)
         assert optimizer is not None
         device = model_device(model)

@@ -28,6 +28,7 @@ from remat.runs.records import EpochQuality
 from remat.trace.step import DEFAULT_OPTIMIZER, OptimizerLike, compute_loss, default_loss
 from remat.trace.step import make_optimizer as build_optimizer
 from remat.workload import Batch, Workload
+from remat.workloads import call_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,7 @@ def train(
     signatures: set[tuple[str, ...]] = set()
     start = time.perf_counter()
     with seeded(seed):
-        model = workload.model()
+        model = call_model(workload)
         device = model_device(model)
         optimizer = build_optimizer(optimizer_of(workload), model)
         assert optimizer is not None  # a workload always has one

@@ -67,7 +67,7 @@ class Solver:
         """
         best = self._best_fitting(budget_bytes, [frozenset(), *candidates])
         if best is not None and not best.chosen:
-            return best
+            return self._ended(best, Outcome.OPTIMAL, 0.0, 0)
         programme = _Programme(self, self._rows.values(), budget_bytes=budget_bytes)
         deadline = self._clock() + self._time_limit_s
         bound, solves = 0.0, 0

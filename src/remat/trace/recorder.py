@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -225,7 +226,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        shadows = shadow_arguments(args, kwargs) if self.fake_mode is not None else None
+        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        shadows = None
+        # A real tensor from outside the model must not be written to by following its values.
+        if self.fake_mode is not None and all(isinstance(t, FakeTensor) for t in written):
+            shadows = shadow_arguments(args, kwargs)
         if shadows is not None and func is _SCALAR:
             with _disable_current_modes():
                 return func(*shadows[0], **shadows[1])
@@ -236,10 +241,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise
             out = compute_from_values(func, shadows, self.fake_mode)
         else:
-            if shadows is not None:
-                follow_values(func, shadows, out)
-            elif self.fake_mode is not None and func._schema.is_mutable:
-                forget_values(args)
+            if shadows is None or not follow_values(func, shadows, out):
+                forget_values(written)
         if self.recording and func.namespace != "prim":
             self._record(func, args, kwargs, out)
         return out
@@ -311,9 +314,14 @@ def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 
 def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """List the tensors that an op writes to, by its schema."""
+    """List the tensors that an op writes to, by its schema or by what is known of it."""
     if not func._schema.is_mutable:
         return _batch_norm_statistics(func, args)
+    return _written(func, args, kwargs)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """List the tensors that an op's schema says it writes to."""
     found: list[Tensor] = []
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:

@@ -7,6 +7,7 @@ branches that the real one takes. Floating point values are never computed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
@@ -24,7 +25,10 @@ Shadows = tuple[tuple[Any, ...], dict[str, Any]]
 
 def value_of(tensor: Tensor) -> Tensor | None:
     """Return the value that is known of a fake tensor."""
-    return getattr(tensor, "_remat_value", None)
+    value: Tensor | None = getattr(tensor, "_remat_value", None)
+    if value is not None and hasattr(value.untyped_storage(), "_remat_unknown"):
+        return None
+    return value
 
 
 def set_value(fake: Tensor, value: Tensor | None) -> None:
@@ -72,10 +76,10 @@ def _shadow(value: Any) -> Any:
     return value
 
 
-def follow_values(func: Any, shadows: Shadows, out: Any) -> None:
-    """Give small integer results of known values their own values."""
+def follow_values(func: Any, shadows: Shadows, out: Any) -> bool:
+    """Give small integer results of known values their own values; say whether that was done."""
     if torch.Tag.nondeterministic_seeded in func.tags:
-        return
+        return False
     single = (
         [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
     )
@@ -83,16 +87,19 @@ def follow_values(func: Any, shadows: Shadows, out: Any) -> None:
         isinstance(t, FakeTensor) and not t.is_floating_point() and t.numel() <= SHADOW_LIMIT
         for t in single
     ):
-        return
+        return False
     with _disable_current_modes(), torch.no_grad():
         real = func(*shadows[0], **shadows[1])
     reals = [real] if isinstance(real, Tensor) else list(real)
     for fake, value in zip(single, reals, strict=True):
         set_value(fake, value)
+    return True
 
 
-def forget_values(args: tuple[Any, ...]) -> None:
-    """Stop following a tensor that an op with unknown inputs may have written to."""
-    for tensor in args:
-        if isinstance(tensor, Tensor) and value_of(tensor) is not None:
-            set_value(tensor, None)
+def forget_values(written: Iterable[Tensor]) -> None:
+    """Stop following tensors that an op has written unknown values to, and all views of them."""
+    for tensor in written:
+        value = value_of(tensor)
+        if value is not None:
+            # Values are views of each other just as their fakes are.
+            value.untyped_storage()._remat_unknown = True  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 import remat
 
 # Shapes: B images, T tokens (patches of 2 x 2 pixels), D width, H heads.
-SIDE, PATCH, WIDTH, HEADS, DEPTH, DROPOUT, CLASSES = 8, 2, 96, 4, 6, 0.1, 10
+SIDE, PATCH, WIDTH, HEADS, DEPTH, DROPOUT, CLASSES = 8, 2, 64, 4, 6, 0.1, 10
 
 
 class Block(nn.Module):

@@ -191,6 +191,27 @@ def test_evaluate_report_and_runs_go_together(run_cli, write_workload, tmp_path,
 
 
 @pytest.mark.slow
+def test_evaluate_takes_length_and_seed_from_the_line(run_cli, write_workload, tmp_path):
+    """`--epochs`, `--max-steps` and `--seed` take the place of the workload's own."""
+    done = run_cli(
+        "evaluate", write_workload(), "-b", "90%", "--out", tmp_path / "run", "--seed", 7,
+        "--epochs", 3, "--max-steps", 5,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    run = Run.load(tmp_path / "run" / "run.json")
+    assert (run.seed, run.epochs) == (7, 3)
+    assert {len(v.losses) for v in run.variants if v.losses} == {5}  # two steps to an epoch
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--max-steps", "--seed"])
+def test_evaluate_length_or_seed_out_of_range_is_a_usage_error(run_cli, write_workload, option):
+    """A number below the least is refused at once, naming the option."""
+    done = run_cli("evaluate", write_workload(), option, "-1")
+    assert done.code == 2
+    assert option in done.err
+
+
+@pytest.mark.slow
 def test_evaluate_infeasible_budget_exits_3(run_cli, write_workload, tmp_path):
     """A budget out of reach is recorded with the least peak, and is the exit code."""
     done = run_cli("evaluate", write_workload(), "--budget", "1KiB", "--out", tmp_path / "run")

@@ -337,7 +337,11 @@ def test_variant_out_of_memory_is_recorded_and_the_rest_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": lambda: "model"}, "must be a torch.nn.Module"),
+        ({"model": lambda: "model"}, "returned a str, expected a torch.nn.Module"),
+        (
+            {"model": lambda: 1 / 0},
+            r"model\(\) raised ZeroDivisionError.*test_evaluation\.py, line",
+        ),
         ({"loss": lambda model, batch: model(batch[0])}, "expected a scalar"),
         ({"train_data": []}, "train_data holds no batch"),
         ({"train_data": TensorDataset}, "train_data: expected a dataset of examples"),
@@ -357,7 +361,7 @@ def test_workload_that_cannot_be_trained_is_refused_and_leaves_no_folder(
     "changes",
     [
         {"epochs": 0}, {"max_steps": 0}, {"timing_rounds": 0}, {"warmup_rounds": -1},
-        {"front_points": True},
+        {"front_points": True}, {"seed": -1}, {"seed": 2**63},
     ],
 )  # fmt: skip
 def test_counts_out_of_range_are_refused_by_name(tmp_path, changes):

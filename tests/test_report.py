@@ -17,6 +17,7 @@ from remat.report.labels import Point, place_labels
 from remat.report.markdown import render_markdown
 from remat.report.terminal import run_view
 from remat.runs.records import RunStatus, VariantKind, VariantStatus
+from remat.units import format_bytes
 from sample_runs import sample_run, sample_variant
 
 # Attributes through which a page can load or call something.
@@ -203,6 +204,29 @@ def test_labels_of_two_close_points_go_to_different_sides():
     points = [Point(100, 100, "plan 60%"), Point(112, 100, "plan 80%")]
     first, second = place_labels(points, 700, 300)
     assert (first.align, first.y) != (second.align, second.y)
+
+
+def test_label_keeps_off_a_line_that_it_can_avoid():
+    """A label goes to the other side of its point where a line stands on the usual one."""
+    (usual,) = place_labels([Point(300, 100, "all blocks")], 700, 300)
+    (moved,) = place_labels([Point(300, 100, "all blocks")], 700, 300, rules=[330])
+    assert (usual.align, moved.align) == ("left", "right")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_terminal_table_breaks_no_word(width):
+    """Every figure, label and verdict of the table stands in one piece."""
+    run = sample_run()
+    console = Console(width=width, file=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(run_view(run))
+    table = capture.get().partition("variant")[2]
+    for variant in run.variants:
+        assert variant.label in table
+        if variant.measured_peak_bytes:
+            assert format_bytes(variant.measured_peak_bytes) in table
+    for word in ("predicted", "no plan", "accuracy", "reference", "infeasible", "158.0 MiB"):
+        assert word in table
 
 
 def test_terminal_view_shows_every_variant_and_what_went_wrong():

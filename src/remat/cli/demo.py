@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from remat.cli.options import JsonOption
+from remat.cli.options import JsonOption, RunFolderOption
 
 NAME = "demo"
 EXAMPLE = "Example: remat demo --out remat-demo"
 
 
 def command(
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            show_default=False,
-            help="Folder of this run; a new one in the store of runs, unless given.",
-        ),
-    ] = None,
+    out: RunFolderOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Train a small vision transformer on handwritten digits inside a memory budget.

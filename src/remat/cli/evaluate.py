@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from remat.cli.options import BUDGET_HELP, JsonOption, WorkloadArgument, check_budget
+from remat.cli.options import (
+    BUDGET_HELP,
+    JsonOption,
+    RunFolderOption,
+    WorkloadArgument,
+    check_budget,
+)
 
 NAME = "evaluate"
 EXAMPLE = "Example: remat evaluate examples/digits_vit.py --budget 80% --budget 60%"
@@ -21,14 +26,35 @@ def command(
             "--budget", "-b", show_default=False, help=f"{BUDGET_HELP} May be given several times."
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
+    epochs: Annotated[
+        int | None,
         typer.Option(
-            metavar="DIR",
+            min=1,
+            metavar="N",
             show_default=False,
-            help="Folder of this run; a new one in the store of runs, unless given.",
+            help="Epochs to train; the workload's own, unless given.",
         ),
     ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="End each training after N steps; all of its epochs, unless given.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            show_default=False,
+            help="Seed of weights, "
+            "shuffling and dropout, the same for every plan; the workload's own, unless given.",
+        ),
+    ] = None,
+    out: RunFolderOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Train a workload under several plans, prove that nothing changed, and see what it cost.
@@ -52,6 +78,14 @@ def command(
             import remat
 
             chosen: dict[str, Any] = {"budgets": budgets} if budgets else {}  # else its own default
-            run = remat.evaluate(loaded, **chosen, out=folder, progress=progress)
+            run = remat.evaluate(
+                loaded,
+                **chosen,
+                out=folder,
+                seed=seed,
+                epochs=epochs,
+                max_steps=max_steps,
+                progress=progress,
+            )
         show_run(run, folder, write if as_json else None)
     return exit_code_of(run)

@@ -21,22 +21,17 @@ def _python_files(incomplete: str) -> list[str]:
 
 WORKLOAD_HELP = "PATH.py[:NAME] or package.module[:NAME]; NAME is 'workload' unless given."
 
-WorkloadArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="WORKLOAD",
+_WORKLOAD = typer.Argument(
+    metavar="WORKLOAD", show_default=False, autocompletion=_python_files, help=WORKLOAD_HELP
+)
+WorkloadArgument = Annotated[str, _WORKLOAD]
+OptionalWorkloadArgument = Annotated[str | None, _WORKLOAD]
+RunFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
         show_default=False,
-        autocompletion=_python_files,
-        help=WORKLOAD_HELP,
-    ),
-]
-OptionalWorkloadArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="WORKLOAD",
-        show_default=False,
-        autocompletion=_python_files,
-        help=WORKLOAD_HELP,
+        help="Folder of this run; a new one in the store of runs, unless given.",
     ),
 ]
 JsonOption = Annotated[

@@ -19,6 +19,7 @@ from remat.prove.measure import measure
 from remat.prove.records import MemorySample
 from remat.prove.simulate import simulate
 from remat.prove.verify import verify
+from remat.runs.reading import reference_of, relative_time
 from remat.runs.records import FrontPoint, Variant, VariantKind, VariantStatus
 from remat.trace.step import check_model
 from remat.units import parse_budget
@@ -95,22 +96,47 @@ def failed(variant: Variant, error: Exception) -> Variant:
     return variant.model_copy(update={"status": VariantStatus.FAILED, "message": message})
 
 
-def planned_front(subject: Subject, num_points: int, step_seconds: float) -> tuple[FrontPoint, ...]:
-    """Plan the Pareto front; times scale the measured step of the model without a plan.
+def planned_front(
+    subject: Subject, num_points: int, variants: Sequence[Variant]
+) -> tuple[FrontPoint, ...]:
+    """Plan the Pareto front; its times are scaled to the steps that were measured.
 
-    The cost of recomputation is an estimate, so each time is the measured `step_seconds` times the
-    planned ratio of the step with recomputation to the step without.
+    The cost of recomputation is an estimate, so each time is the measured step without a plan plus
+    the planned share of recomputation, times the factor by which the measured plans took longer
+    than theirs. There is no front where the step without a plan was not timed.
     """
+    reference = reference_of(variants)
+    if reference is None or reference.step_times is None:
+        return ()
+    step_seconds = reference.step_times.median_seconds
+    factor = _extra_time_factor(variants, reference)
     with seeded(subject.seed):
         plans = subject.fit.frontier(num_points)
     return tuple(
         FrontPoint(
             peak_bytes=plan.predicted_peak_bytes,
-            step_seconds=step_seconds * (1 + plan.recompute_seconds / plan.step_seconds),
+            step_seconds=step_seconds * (1 + factor * _planned_extra(plan)),
             recompute_fraction=plan.recompute_fraction,
         )
         for plan in sorted(plans, key=lambda plan: plan.predicted_peak_bytes)
     )
+
+
+def _planned_extra(plan: Plan) -> float:
+    """Recomputation as a share of the step without it."""
+    return plan.recompute_seconds / plan.step_seconds
+
+
+def _extra_time_factor(variants: Sequence[Variant], reference: Variant) -> float:
+    """Measured over planned extra time, of all plans together; 1 where noise hides it."""
+    pairs = [
+        (relative_time(variant, reference), _planned_extra(variant.plan))
+        for variant in variants
+        if variant.kind is VariantKind.PLANNED and variant.plan is not None
+    ]
+    timed = [(measured, planned) for measured, planned in pairs if measured is not None]
+    measured, planned = sum(pair[0] for pair in timed), sum(pair[1] for pair in timed)
+    return measured / planned if measured > 0 and planned > 0 else 1.0
 
 
 def thin_out(samples: Sequence[MemorySample], limit: int = _TIMELINE_POINTS) -> list[MemorySample]:

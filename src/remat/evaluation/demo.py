@@ -38,10 +38,10 @@ def run_demo(
     folder = new_run_dir(workload.name) if out is None else claim_run_dir(out)
     run = evaluate(
         workload,
-        budgets=("75%", "50%"),
+        budgets=("60%", "35%"),
         policies=(AllBlocks(),),
         peers=(EveryNth(n=2),),
-        front_points=6,
+        front_points=5,
         warmup_rounds=1,
         out=folder,
         progress=progress,

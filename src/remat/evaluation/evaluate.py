@@ -93,12 +93,12 @@ def evaluate(
     MissingPackageError: before anything runs, if a package for metrics or pictures is missing.
     """
     _check_counts(front_points, epochs, max_steps, timing_rounds, warmup_rounds)
+    seed = _checked_seed(workload.seed if seed is None else seed)
     listed = contenders(budgets, policies, peers)
     if page:
         require_pictures()
     if workload.predict is not None and workload.eval_data is not None:
         require_metrics()
-    seed = workload.seed if seed is None else seed
     progress = progress or (lambda _stage, _done, _total: None)
     folder = new_run_dir(workload.name) if out is None else claim_run_dir(out)
     with _dropped_if_empty(folder):
@@ -227,11 +227,9 @@ def _time_all(book: _Book, subject: Subject, *, rounds: int, warmup_rounds: int)
 
 
 def _plan_front(book: _Book, subject: Subject, num_points: int) -> None:
-    reference = reference_of(book.run.variants)
-    if num_points and reference is not None and reference.step_times is not None:
+    if num_points:
         book.progress("plan the Pareto front", 0, None)
-        front = planned_front(subject, num_points, reference.step_times.median_seconds)
-        book.note(front=front)
+        book.note(front=planned_front(subject, num_points, book.run.variants))
 
 
 def _train_all(
@@ -322,3 +320,9 @@ def _check_counts(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise WorkloadError(f"{label} must be an integer >= {least}, got {value!r}.")
+
+
+def _checked_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise WorkloadError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}.")
+    return seed

@@ -166,6 +166,9 @@ class _Finder:
             outside.update(s for s in op.inputs if not first <= s < stop)
         if call.draws_python_random:
             return "it draws from Python's or NumPy's generator, which is not restored; it is kept."
+        if call.changed_state:
+            hint = " Set config.use_cache=False." if "past_key_values" in call.changed_state else ""
+            return f"it changes {call.changed_state}, which would change twice; it is kept.{hint}"
         release = self.trace.phase_start.get("optimizer", self.trace.num_ticks)
         for storage in inputs | outside:
             if self.trace.storages[storage].kind == BUFFERS:

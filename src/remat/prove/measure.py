@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from remat.errors import WorkloadError
 from remat.prove.allocator import record_peak, step_tensors
 from remat.prove.records import Measurement
-from remat.trace.standin import map_tensors, random_states, restore_random_states
+from remat.trace.standin import attribute_tensors, map_tensors, untouched
 from remat.trace.step import (
     DEFAULT_OPTIMIZER,
     Loss,
     OptimizerLike,
+    advance,
     check_model,
-    compute_loss,
+    differentiate,
     make_optimizer,
 )
 
@@ -50,15 +51,13 @@ def measure(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise WorkloadError(f"steps must be an integer >= 1, got {steps!r}.")
     device = check_real(model, batch)
-    with restored(model):
+    with restored(model, batch):
         stepper = make_optimizer(optimizer, model)
         losses: list[float] = []
 
         def step() -> None:
-            value = compute_loss(model, batch, loss)
-            value.backward()  # type: ignore[no-untyped-call]
-            if stepper is not None:
-                stepper.step()
+            value = differentiate(model, batch, loss)
+            advance(stepper)
             losses.append(float(value.detach()))
 
         def clear() -> None:
@@ -109,24 +108,26 @@ def check_real(model: nn.Module, batch: Any) -> torch.device:
 
 
 @contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Put parameters, buffers, gradients and random state back, bit for bit."""
-    named: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+def restored(model: nn.Module, batch: Any) -> Iterator[None]:
+    """Put parameters, buffers, attributes, gradients, batch and random state back, bit for bit."""
+    kept = (*step_tensors(model, batch, None), *attribute_tensors(model))
+    named: dict[int, Tensor] = {id(t): t for t in kept}
     values = {key: tensor.detach().to("cpu", copy=True) for key, tensor in named.items()}
-    gradients = {id(p): p.grad for p in model.parameters()}
-    generators = random_states()
+    leaves = {id(t): t for t in kept if t.is_leaf}
+    gradients = {key: tensor.grad for key, tensor in leaves.items()}
     # A step adds to gradients in place; the user's stay aside until the end.
-    for parameter in model.parameters():
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for key, tensor in named.items():
-                tensor.copy_(values[key])
-        for parameter in model.parameters():
-            parameter.grad = gradients[id(parameter)]
-        restore_random_states(generators)
+    for tensor in leaves.values():
+        tensor.grad = None
+    with untouched(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for key, tensor in named.items():
+                    if not torch.equal(tensor, values[key].to(tensor.device)):
+                        tensor.copy_(values[key])
+            for key, tensor in leaves.items():
+                tensor.grad = gradients[key]
 
 
 def snapshot(value: Any) -> Any:

@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remat.errors import ApplyError, VerificationError
+from remat.errors import ApplyError, VerificationError, WorkloadError
 from remat.planner.records import Plan
 from remat.prove.allocator import record_peak, step_tensors
 from remat.prove.measure import check_real, restored
 from remat.prove.records import Difference, Verification
-from remat.regions.apply import Handle, apply, is_applied
+from remat.regions.apply import Handle, apply, check_plan, is_applied
 from remat.regions.fingerprint import check_batch_matches, check_model_matches
 from remat.trace.standin import random_states, restore_random_states
 from remat.trace.step import (
     DEFAULT_OPTIMIZER,
     Loss,
     OptimizerLike,
+    advance,
     check_model,
-    compute_loss,
+    differentiate,
     make_optimizer,
 )
 
@@ -63,10 +64,11 @@ def verify(
     ------
     PlanMismatchError: if the plan was made for another model, batch or version.
     ApplyError: if a plan is on the model already.
-    WorkloadError: if the model or batch has no values.
+    WorkloadError: if model, batch, loss or optimizer makes no step, or has no values.
     VerificationError: if the planned step fails.
     """
     check_model(model)
+    check_plan(plan)
     device = check_real(model, batch)
     check_model_matches(model, plan.fingerprint)
     check_batch_matches(batch, plan.fingerprint)
@@ -76,14 +78,14 @@ def verify(
         )
     step = functools.partial(_outcome, model, batch, loss=loss, optimizer=optimizer)
     reference = step()
-    try:
-        with apply(model, plan):
+    with apply(model, plan):
+        try:
             planned = step()
-    except Exception as error:
-        raise VerificationError(
-            f"the planned step failed where the unplanned one runs: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        ) from error
+        except WorkloadError as error:
+            raise VerificationError(
+                f"the unplanned step runs, with the plan {str(error).partition(' Check that')[0]} "
+                "Make the plan again with remat.plan; if it stays, report it with the model."
+            ) from error
     differences = compare(reference, planned)
     noise: tuple[Difference, ...] = ()
     if differences:
@@ -112,16 +114,15 @@ def _outcome(
     """Run one step and copy what it leaves; put the model back."""
     outcome = _Outcome()
     counts: Counter[str] = Counter()
-    with restored(model), _counted_hooks(model, counts):
+    with restored(model, batch), _counted_hooks(model, counts):
         stepper = make_optimizer(optimizer, model)
-        value = compute_loss(model, batch, loss)
-        value.backward()  # type: ignore[no-untyped-call]
+        value = differentiate(model, batch, loss)
         tensors: dict[str, Tensor | None] = {"loss": value.detach().clone()}
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
             tensors[f"gradient of {name}"] = None if gradient is None else gradient.clone()
         if stepper is not None:
-            stepper.step()
+            advance(stepper)
             for name, parameter in model.named_parameters():
                 tensors[f"parameter {name} after the step"] = parameter.detach().clone()
         for name, buffer in model.named_buffers():
@@ -233,14 +234,12 @@ def _warm_peak(
 ) -> int:
     """Return the peak of a step whose optimizer has its state, with the plan on."""
     handle: Handle
-    with restored(model), apply(model, plan) as handle:
+    with restored(model, batch), apply(model, plan) as handle:
         stepper = make_optimizer(optimizer, handle.model)
 
         def step() -> Tensor:
-            value = compute_loss(model, batch, loss)
-            value.backward()  # type: ignore[no-untyped-call]
-            if stepper is not None:
-                stepper.step()
+            value = differentiate(model, batch, loss)
+            advance(stepper)
             return value
 
         step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from remat.errors import ApplyError, PlanMismatchError
 from remat.planner.records import Plan, Region
 from remat.regions.fingerprint import check_model_matches
 from remat.regions.runtime import RegionRuntime, StepClock, region_forward
+from remat.trace.step import check_model
 
 
 class Handle:
@@ -46,8 +48,9 @@ def apply(model: nn.Module, plan: Plan) -> Handle:
 
     Raises
     ------
+    WorkloadError: if the model is none.
     PlanMismatchError: if the plan was made for another model or version; names the difference.
-    ApplyError: if a plan is on the model already.
+    ApplyError: if a plan is on the model already, or what is given is no plan.
 
     Example
     -------
@@ -57,9 +60,25 @@ def apply(model: nn.Module, plan: Plan) -> Handle:
     handle.remove()
     ```
     """
+    check_model(model)
+    check_plan(plan)
     check_model_matches(model, plan.fingerprint)
     install(model, plan.regions)
     return Handle(model, plan)
+
+
+def check_plan(plan: Any) -> None:
+    """Refuse what is no plan.
+
+    Raises
+    ------
+    ApplyError: saying how to get one.
+    """
+    if not isinstance(plan, Plan):
+        raise ApplyError(
+            f"plan must be a remat.Plan, got {type(plan).__name__}: make one with remat.plan, or "
+            "read a file with remat.Plan.load."
+        )
 
 
 def is_applied(model: nn.Module) -> bool:
@@ -90,9 +109,7 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
     by_module: dict[str, list[Region]] = {}
     for region in regions:
         by_module.setdefault(region.module, []).append(region)
-    missing = next((name for name in by_module if name not in modules), None)
-    if missing is not None:
-        raise PlanMismatchError(f"the plan recomputes module {missing!r}, which the model has not.")
+    _check_regions(regions, modules, buffers)
     clock = StepClock()
     for name, chosen in by_module.items():
         module = modules[name]
@@ -108,6 +125,31 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
             replaced=module.__dict__.get("forward"),
         )
         module.__dict__["forward"] = functools.partial(region_forward, module, runtime)
+    if not regions:
+        # Nothing to recompute: the plan is on the model all the same, until it is removed.
+        idle = RegionRuntime(clock, calls=frozenset(), replaced=model.__dict__.get("forward"))
+        model.__dict__["forward"] = functools.partial(region_forward, model, idle)
+
+
+def _check_regions(
+    regions: tuple[Region, ...], modules: Mapping[str, object], buffers: Mapping[str, object]
+) -> None:
+    for region in regions:
+        if region.module not in modules:
+            raise PlanMismatchError(
+                f"the plan recomputes module {region.module!r}, which the model has not."
+            )
+        if region.call >= region.num_calls:
+            raise PlanMismatchError(
+                f"the plan recomputes call {region.call} of {region.module!r}, which it says is "
+                f"called {region.num_calls} times (from 0): make the plan again with remat.plan."
+            )
+        for name in region.mutated_buffers:
+            if name not in buffers:
+                raise PlanMismatchError(
+                    f"the plan has buffer {name!r} updated by {region.module!r}, but the model "
+                    "has no such buffer."
+                )
 
 
 def _buffer_homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

@@ -17,7 +17,7 @@ from remat.runs.records import Run, Variant
 from remat.units import format_bytes, format_seconds
 
 # Pictures are drawn twice, for wide and for narrow screens: shrinking one would shrink its text.
-_WIDE, _NARROW = 760, 300
+_WIDE, _NARROW = 900, 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,11 +28,14 @@ class Placed:
     align: str
 
 
-def place_labels(points: Sequence[Point], width: float, height: float) -> list[Placed]:
+def place_labels(
+    points: Sequence[Point], width: float, height: float, rules: Sequence[float] = ()
+) -> list[Placed]:
     """Place each label right, left, above or below its point, the first place that is free.
 
     Greedy, in the order of the points; where no place is free, the label goes to the right. Its
-    box may touch no other label and no point, and stays inside the picture.
+    box may touch no other label and no point, and stays inside the picture. Vertical lines at the
+    places `rules` are crossed only where there is no other way.
     """
     taken = [(p.x - 7, p.y - 7, p.x + 7, p.y + 7) for p in points]
     placed = []
@@ -43,7 +46,8 @@ def place_labels(points: Sequence[Point], width: float, height: float) -> list[P
             for place, box in options
             if _is_inside(box, width, height) and not any(_overlap(box, other) for other in taken)
         ]
-        place, box = (free or options)[0]
+        clear = [one for one in free if not any(one[1][0] <= x <= one[1][2] for x in rules)]
+        place, box = (clear or free or options)[0]
         taken.append(box)
         placed.append(place)
     return placed

@@ -47,7 +47,7 @@ def pareto_picture(run: Run, *, width: int, height: int) -> str:
             ).encode(order="order:Q"),
             base.mark_point(color="currentColor", opacity=0.45, size=18, filled=True),
         ]
-    budgets = [
+    budgets: list[Row] = [
         {"peak": v.budget_bytes / MIB, "colour": css_colour(roles[v.label])}
         for v in shown
         if v.kind is VariantKind.PLANNED
@@ -72,7 +72,8 @@ def pareto_picture(run: Run, *, width: int, height: int) -> str:
             x=x, y=y, color=colour, shape=literal(alt.Shape, "shape")
         )
     )
-    layers += _name_labels(points, x, y, (x_domain, y_domain), (width, height))
+    rules = [row["peak"] for row in budgets]
+    layers += _name_labels(points, rules, x, y, (x_domain, y_domain), (width, height))
     return svg_text(alt.layer(*layers).properties(width=width, height=height), "pareto", width)
 
 
@@ -93,6 +94,7 @@ def _row(variant: Variant, role: str) -> Row:
 
 def _name_labels(
     rows: Sequence[Row],
+    rules: Sequence[float],
     x: Any,
     y: Any,
     domains: tuple[tuple[float, float], tuple[float, float]],
@@ -111,8 +113,10 @@ def _name_labels(
         )
         for row in rows
     ]
+    lines = [(peak - x_low) / (x_high - x_low) * width for peak in rules]
     layers = []
-    for row, point, place in zip(rows, pixels, place_labels(pixels, width, height), strict=True):
+    places = place_labels(pixels, width, height, lines)
+    for row, point, place in zip(rows, pixels, places, strict=True):
         base = alt.Chart(inline_data([row])).encode(x=x, y=y, text="label:N")
         look: dict[str, Any] = {
             "align": place.align,

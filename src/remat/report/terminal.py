@@ -11,6 +11,8 @@ from remat.report import view
 from remat.runs.records import Run
 
 _STYLES = {"passed": "green", "failed": "bold red", "reference": "dim", "none": "yellow"}
+# Two lines to a cell, so that the table fits 80 columns without a break inside a figure.
+_FIGURES = ("budget", "peak,\npredicted", "step time", "against\nno plan", "quality")
 
 
 def run_view(run: Run) -> RenderableType:
@@ -18,22 +20,17 @@ def run_view(run: Run) -> RenderableType:
     rows = view.rows(run)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("variant", no_wrap=True)
-    table.add_column("budget", justify="right", overflow="fold")
-    table.add_column("predicted", justify="right", overflow="fold")
-    table.add_column("measured", justify="right", overflow="fold")
-    table.add_column("step time", justify="right", overflow="fold")
-    table.add_column("against\nno plan", justify="right", overflow="fold")
-    table.add_column("quality", justify="right", overflow="fold")
+    for heading in _FIGURES:
+        table.add_column(heading, justify="right", overflow="fold")
     table.add_column("verdict", overflow="fold")
     for row in rows:
         table.add_row(
             Text(row.label, style="bold"),
-            row.asked if row.budget in (row.asked, view.NOTHING) else f"{row.asked}\n{row.budget}",
-            row.predicted,
-            Text(row.measured, style="bold"),
-            f"{row.step_time}\n{row.step_spread}".strip(),
+            row.asked if row.budget in (row.asked, view.NOTHING) else _two(row.asked, row.budget),
+            _two(Text(row.measured, style="bold"), row.predicted),
+            _two(row.step_time, row.step_spread),
             row.extra_time,
-            f"{row.quality}\n{row.metric}".strip(),
+            _two(row.quality, row.metric),
             Text(row.verdict, style=_STYLES[row.verdict_code]),
         )
     remarks = [
@@ -43,3 +40,8 @@ def run_view(run: Run) -> RenderableType:
     ]
     title = Text.assemble((run.name, "bold"), (f" · {run.id}", "dim"))
     return Group(title, Text(), Text(run.summary), Text(), table, *remarks, Text())
+
+
+def _two(first: str | Text, second: str) -> Text:
+    """Put a figure over what belongs to it."""
+    return Text.assemble(first, (f"\n{second}" if second else "", "dim"))

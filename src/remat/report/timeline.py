@@ -59,7 +59,7 @@ def _phase_marks(
     names = [
         {"moment": (moments[0] + moments[-1]) / 2, "phase": phase, "mib": top}
         for phase, moments in phases
-        if len(moments) / last * width > 7 * len(phase)
+        if len(moments) / last * width > 6.2 * len(phase)
     ]
     rules = (
         alt.Chart(inline_data(starts))

@@ -40,11 +40,16 @@ def summarize(name: str, variants: Sequence[Variant], *, is_complete: bool) -> s
 
 def _headline(name: str, reference: Variant, best: Variant) -> str:
     before, after = reference.measured_peak_bytes or 0, best.measured_peak_bytes or 0
-    change = f"{after / before - 1:+.0%}".replace("-", MINUS)
-    return (
-        f"{name} trains in {format_bytes(after)} of memory instead of {format_bytes(before)} "
-        f"({change}), {_time_cost(best, reference)}."
-    )
+    change = after / before - 1
+    if round(abs(change), 2) == 0:
+        need = f"as much memory as before ({format_bytes(after)})"
+    else:
+        word = "less" if change < 0 else "more"
+        need = (
+            f"{abs(change):.0%} {word} memory ({format_bytes(after)} instead of "
+            f"{format_bytes(before)})"
+        )
+    return f"Under a plan by remat, training {name} needs {need}, {_time_cost(best, reference)}."
 
 
 def _time_cost(variant: Variant, reference: Variant) -> str:

@@ -21,8 +21,10 @@ from torch._subclasses.fake_tensor import (
 )
 
 from remat.errors import CaptureError, RematError, WorkloadError
+from remat.trace.effects import first_change, visible_state
 from remat.trace.recorder import Recorder, python_random_state
 from remat.trace.records import (
+    ACTIVATIONS,
     BACKWARD,
     BASE_KINDS,
     BATCH,
@@ -37,10 +39,13 @@ from remat.trace.records import (
 from remat.trace.standin import FakeFactory, map_tensors, swap_tensors, untouched
 from remat.trace.step import (
     DEFAULT_OPTIMIZER,
+    OPTIMIZER_STEP,
     Loss,
     OptimizerLike,
     check_model,
     compute_loss,
+    explain_failure,
+    first_line,
     make_optimizer,
 )
 
@@ -90,16 +95,17 @@ def capture(
     except _NEEDS_VALUES as error:
         if _is_abstract(model, batch):
             raise CaptureError(
-                f"the step's control flow depends on computed values ({_first_line(error)}), and "
+                f"the step's control flow depends on computed values ({first_line(error)}), and "
                 "the model or batch has none (meta or fake tensors): pass real tensors, on a "
                 "small batch."
             ) from error
         message = (
             "the step's control flow depends on computed values, so it was traced with real "
-            f"tensors on a copy of the model ({_first_line(error)}). The plan holds for batches "
+            f"tensors on a copy of the model ({first_line(error)}). The plan holds for batches "
             "that take the same path."
         )
-        _log.warning("%s", message)
+        # Said once for each plan: its simulations trace the same step again.
+        _log.log(logging.WARNING if drop_saved else logging.INFO, "%s", message)
     trace = run(fake=False, device=None)
     trace.notes.append(message)
     return trace
@@ -126,14 +132,15 @@ def _capture(
             batch = map_tensors(batch, translate)
             stack.enter_context(_branches_as_on_real_tensors())
             stack.enter_context(mode)
-            stack.enter_context(_random_state_in_sight())
+            stack.enter_context(_fake_random_state())
         else:
             stack.enter_context(untouched(model))
             memo: dict[int, Any] = {}
             model = copy.deepcopy(model, memo)
             model.zero_grad(set_to_none=True)
-            batch = map_tensors(batch, lambda t: t.detach().clone())
+            batch = copy.deepcopy(map_tensors(batch, Tensor.detach), memo)
             translate = lambda t: memo.get(id(t), t)  # noqa: E731
+            stack.enter_context(_random_state_in_sight(recorder))
         buffer_names = _register_base(recorder, model, batch)
         stack.enter_context(_recorded_calls(recorder, model))
         optimizer_object = make_optimizer(optimizer, model, translate)
@@ -181,6 +188,7 @@ def _run(
                 recorder.storages[index].kind = GRADIENTS
         if optimizer is not None:
             recorder.recording = False
+            recorder.stage = OPTIMIZER_STEP
             optimizer.step()
             for state in optimizer.state.values():
                 for tensor in state.values() if isinstance(state, dict) else ():
@@ -220,7 +228,7 @@ def _recorded_calls(recorder: Recorder, model: nn.Module) -> Iterator[None]:
     saved = [(module, module.__dict__.get("forward")) for module in model.modules()]
     for name, module in model.named_modules():
         module.__dict__["forward"] = functools.partial(
-            _recorded_forward, recorder, name, module.forward
+            _recorded_forward, recorder, name, module, module.forward
         )
     try:
         yield
@@ -233,14 +241,22 @@ def _recorded_calls(recorder: Recorder, model: nn.Module) -> Iterator[None]:
 
 
 def _recorded_forward(
-    recorder: Recorder, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    recorder: Recorder,
+    name: str,
+    module: nn.Module,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     if not recorder.recording:
         return forward(*args, **kwargs)
     index = recorder.enter_call(name, (args, kwargs))
-    before = python_random_state()
+    before, state = python_random_state(), visible_state(module, (args, kwargs))
     try:
         output = forward(*args, **kwargs)
+        changed = first_change(state, visible_state(module, (args, kwargs)))
+        if changed:
+            recorder.note_change(f"{changed} of {name!r}" if name else changed)
         recorder.leave_call(index, output, before)
     finally:
         recorder.call_stack.remove(index)
@@ -267,7 +283,7 @@ def _branches_as_on_real_tensors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_state_in_sight() -> Iterator[None]:
+def _fake_random_state() -> Iterator[None]:
     """Let saved random states be fake tensors, so that the record counts their bytes.
 
     Checkpointing keeps one for each region that draws; fake random ops draw nothing.
@@ -280,6 +296,25 @@ def _random_state_in_sight() -> Iterator[None]:
         yield
     finally:
         torch.get_rng_state, torch.set_rng_state = get, put
+
+
+@contextlib.contextmanager
+def _random_state_in_sight(recorder: Recorder) -> Iterator[None]:
+    """Count the bytes of saved random states, which no op makes, when tensors are real."""
+    get = torch.get_rng_state
+
+    def get_and_note() -> Tensor:
+        state = get()
+        if recorder.recording:
+            recorder.tick += 1
+            recorder.register(state, ACTIVATIONS)
+        return state
+
+    torch.get_rng_state = get_and_note
+    try:
+        yield
+    finally:
+        torch.get_rng_state = get
 
 
 def _is_abstract(model: nn.Module, batch: Any) -> bool:
@@ -299,18 +334,9 @@ def _device_type(model: nn.Module) -> str:
     return "cpu"
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
 def _explain(error: Exception, recorder: Recorder) -> str:
-    """Say in which phase and module a step failed."""
-    stack = [recorder.calls[i].module for i in recorder.call_stack] or [
-        c.module for c in recorder.calls[-1:]
-    ]
-    where = f", last in module {stack[-1]!r}" if stack and stack[-1] else ""
-    return (
-        f"the training step failed in {recorder.phase}{where}: {type(error).__name__}: "
-        f"{_first_line(error)}. Check that the model accepts this batch and that loss= fits both."
+    """Say in which phase and, in forward, after which module's start a step failed."""
+    last = recorder.calls[-1].module if recorder.calls and recorder.stage == FORWARD else ""
+    return explain_failure(
+        f"{recorder.stage}, last in module {last!r}" if last else recorder.stage, error
     )

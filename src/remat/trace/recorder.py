@@ -29,6 +29,7 @@ from remat.trace.records import (
     Storage,
     TensorMeta,
 )
+from remat.trace.standin import map_tensors
 from remat.trace.values import (
     compute_from_values,
     follow_values,
@@ -82,7 +83,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.fake_mode = fake_mode
         self.drop_saved = drop_saved
         self.recording = True
-        self.phase = FORWARD
+        self.phase = self.stage = FORWARD
         self.tick = 0
         self.ops: list[Op] = []
         self.storages: list[Storage] = []
@@ -206,6 +207,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.call_stack.append(index)
         return index
 
+    def note_change(self, what: str) -> None:
+        """Note that the calls under way changed something that Python holds."""
+        for index in self.call_stack:
+            self.calls[index].changed_state = self.calls[index].changed_state or what
+
     def leave_call(self, index: int, outputs: Any, python_random_before: Any) -> None:
         """Note that a module's forward ended."""
         self.tick += 1
@@ -227,10 +233,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         written = _written(func, args, kwargs) if func._schema.is_mutable else []
-        shadows = None
-        # A real tensor from outside the model must not be written to by following its values.
-        if self.fake_mode is not None and all(isinstance(t, FakeTensor) for t in written):
-            shadows = shadow_arguments(args, kwargs)
+        if self.fake_mode is not None and not all(isinstance(t, FakeTensor) for t in written):
+            # A real tensor from outside the model, which even `FakeTensorMode` would write to.
+            args, kwargs = map_tensors((args, kwargs), self.fake_mode.from_tensor)
+            written = _written(func, args, kwargs)
+        shadows = shadow_arguments(args, kwargs) if self.fake_mode is not None else None
         if shadows is not None and func is _SCALAR:
             with _disable_current_modes():
                 return func(*shadows[0], **shadows[1])
@@ -288,7 +295,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def begin(self, phase: str) -> None:
         """Note that a phase of the step begins."""
         self.tick += 1
-        self.phase = phase
+        self.phase = self.stage = phase
         self.phase_start[phase] = self.tick
 
 

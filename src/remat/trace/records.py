@@ -114,7 +114,8 @@ class Handle:
 class Call:
     """One call of a module's forward.
 
-    `first_op` and `stop_op` bound its ops, `inputs` are the storages that its arguments hold.
+    `first_op` and `stop_op` bound its ops, `inputs` are the storages that its arguments hold,
+    `changed_state` names an attribute or object of Python's that it, or a call inside, changed.
     """
 
     module: str
@@ -127,6 +128,7 @@ class Call:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     draws_python_random: bool = False
+    changed_state: str = ""
     uses_grad: bool = True
     phase: str = FORWARD
 

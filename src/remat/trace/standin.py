@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.parameter import is_lazy
 
-from remat.errors import WorkloadError
 from remat.trace.values import SHADOW_LIMIT, set_value
 
 # Any: modules hold, and batches are, whatever the user made them of.
@@ -41,11 +39,6 @@ class FakeFactory:
         return known
 
     def _make(self, tensor: Tensor) -> Tensor:
-        if is_lazy(tensor):
-            raise WorkloadError(
-                "the model has lazy parameters that are not initialized: run one forward pass "
-                "before planning."
-            )
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             device = self.device if tensor.device.type == "meta" else tensor.device
             with self.mode:
@@ -83,26 +76,62 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put back every attribute of every module, and the random state, whatever happens inside."""
     modules = list(model.modules())
-    saved = [_snapshot(module) for module in modules]
+    saved = [dict(module.__dict__) for module in modules]
+    containers = [(c, c.copy()) for c in _containers(saved)]
+    own = {
+        value: value.get_state()
+        for attributes in saved
+        for value in attributes.values()
+        if isinstance(value, torch.Generator)
+    }
     generators = random_states()
     try:
         yield
     finally:
-        for module, (attributes, containers) in zip(modules, saved, strict=True):
+        for module, attributes in zip(modules, saved, strict=True):
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for name, content in containers.items():
-                _refill(module.__dict__[name], content)
+        for container, content in containers:
+            _refill(container, content)
+        for generator, state in own.items():
+            generator.set_state(state)
         restore_random_states(generators)
 
 
-def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    containers = {
-        name: value.copy()
-        for name, value in module.__dict__.items()
-        if isinstance(value, (dict, list, set))
-    }
-    return dict(module.__dict__), containers
+def attribute_tensors(model: nn.Module) -> list[Tensor]:
+    """List the tensors in plain attributes of modules: no parameters and no buffers."""
+    found: list[Tensor] = []
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if name not in _MODULE_TABLES:
+                found.extend(t for t in _leaves(value, set()) if isinstance(t, Tensor))
+    return found
+
+
+def _containers(attributes: list[dict[str, Any]]) -> list[Any]:
+    """List every list, dict and set that modules' attributes hold, each once."""
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    for table in attributes:
+        for value in table.values():
+            for item in _leaves(value, seen):
+                if isinstance(item, (list, dict, set)):
+                    found[id(item)] = item
+    return list(found.values())
+
+
+def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Walk nested lists, tuples and dicts, containers included."""
+    if isinstance(value, (list, tuple, dict, set)):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        yield value
+        items = value.values() if isinstance(value, dict) else value
+        for item in items if not isinstance(value, set) else ():
+            yield from _leaves(item, seen)
+    elif isinstance(value, Tensor):
+        yield value
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -136,24 +165,33 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 
 def swap_tensors(model: nn.Module, fake: FakeFactory) -> None:
     """Replace parameters, buffers and plain tensor attributes by fakes; `untouched` undoes it."""
+    seen: set[int] = set()
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None:
                     table[name] = fake(tensor)  # type: ignore[assignment]
         for name, value in list(module.__dict__.items()):
-            if name not in _MODULE_TABLES and _holds_tensor(value):
-                module.__dict__[name] = map_tensors(value, fake)
+            if name not in _MODULE_TABLES:
+                module.__dict__[name] = _swapped(value, fake, seen)
 
 
 _MODULE_TABLES = frozenset(nn.Module().__dict__)
 
 
-def _holds_tensor(value: Any) -> bool:
+def _swapped(value: Any, fake: FakeFactory, seen: set[int]) -> Any:
+    """Swap the tensors in an attribute; lists and dicts stay the objects that modules share."""
     if isinstance(value, Tensor):
-        return True
-    if isinstance(value, (list, tuple)):
-        return any(_holds_tensor(item) for item in value)
-    if type(value) is dict:
-        return any(_holds_tensor(item) for item in value.values())
-    return False
+        return fake(value)
+    if isinstance(value, tuple):
+        items = [_swapped(item, fake, seen) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, (list, dict)) and id(value) not in seen:
+        seen.add(id(value))
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            swapped = _swapped(item, fake, seen)
+            if swapped is not item:
+                value[key] = swapped
+    return value

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from remat.errors import WorkloadError
+from remat.errors import RematError, WorkloadError
+from remat.trace.records import BACKWARD, FORWARD
 
 # Any: batches and model outputs are the user's own types.
 Loss = Callable[[nn.Module, Any], Tensor]
 OptimizerLike = (
     Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | torch.optim.Optimizer | None
 )
+
+
+# Where a step can fail, for messages.
+OPTIMIZER_STEP: Final = "the optimizer's step"
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -45,10 +52,11 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     if found is None and isinstance(output, Tensor) and output.numel() == 1:
         found = output
     if found is None:
-        shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+        is_tensor = isinstance(output, Tensor)
+        what = f"Tensor of shape {tuple(output.shape)}" if is_tensor else type(output).__name__
         raise WorkloadError(
-            f"the model returned {type(output).__name__}{shape}, in which no scalar loss was "
-            "found: pass loss=, a function (model, batch) -> scalar tensor."
+            f"the model returned {what}, in which no scalar loss was found: pass loss=, a function "
+            "(model, batch) -> scalar tensor."
         )
     return found  # type: ignore[no-any-return]
 
@@ -60,6 +68,11 @@ def compute_loss(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     ------
     WorkloadError: if the loss is no scalar tensor, or nothing in it requires a gradient.
     """
+    if loss is not None and not callable(loss):
+        raise WorkloadError(
+            f"loss must be a function (model, batch) -> scalar tensor or None, got "
+            f"{type(loss).__name__}."
+        )
     value = (loss or default_loss)(model, batch)
     if not isinstance(value, Tensor):
         raise WorkloadError(
@@ -78,18 +91,84 @@ def compute_loss(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     return value
 
 
+def differentiate(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
+    """Run a real step's forward and backward from a clean cache of autocast; return the loss.
+
+    Raises
+    ------
+    WorkloadError: for whatever the model, the loss or autograd raises.
+    """
+    torch.clear_autocast_cache()  # the last step's casts are of the last step's weights
+    with explained(FORWARD):
+        value = compute_loss(model, batch, loss)
+    with explained(BACKWARD):
+        value.backward()  # type: ignore[no-untyped-call]
+    return value
+
+
+def advance(optimizer: torch.optim.Optimizer | None) -> None:
+    """Let a real step's optimizer step.
+
+    Raises
+    ------
+    WorkloadError: for whatever the optimizer raises.
+    """
+    if optimizer is not None:
+        with explained(OPTIMIZER_STEP):
+            optimizer.step()
+
+
+@contextlib.contextmanager
+def explained(stage: str) -> Iterator[None]:
+    """Turn what the user's code raises into an error that says where the step failed.
+
+    Raises
+    ------
+    WorkloadError: for every error but our own and the device's lack of memory.
+    """
+    try:
+        yield
+    except (RematError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise WorkloadError(explain_failure(stage, error)) from error
+
+
+def explain_failure(stage: str, error: Exception) -> str:
+    """Say where a step failed, how, and what to check."""
+    hint = (
+        "Check that this optimizer can step without arguments over the model's gradients."
+        if stage == OPTIMIZER_STEP
+        else "Check that the model accepts this batch and that loss= fits both."
+    )
+    return (
+        f"the training step failed in {stage}: {type(error).__name__}: {first_line(error)}. {hint}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, shortened."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200].rstrip(".") if text else "no message"
+
+
 def check_model(model: Any) -> None:
     """Refuse what is no trainable eager module.
 
     Raises
     ------
-    WorkloadError: for anything but an `nn.Module`, and for TorchScript modules.
+    WorkloadError: for anything but an `nn.Module`, for TorchScript modules, and for lazy modules
+        whose shapes are not known yet.
     """
     if not isinstance(model, nn.Module):
         raise WorkloadError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     for name, module in model.named_modules():
+        where = f"its part {name!r}" if name else "the model"
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise WorkloadError(
+                f"{where} has lazy parameters that are not initialized: run one forward pass first."
+            )
         if isinstance(module, torch.jit.ScriptModule):
-            where = f"its part {name!r}" if name else "the model"
             raise WorkloadError(
                 f"{where} is a TorchScript module, whose compiled forward cannot be traced or "
                 "recomputed in parts: pass the Python module that it was scripted from."
@@ -114,13 +193,25 @@ def make_optimizer(
     if optimizer is None:
         return None
     if isinstance(optimizer, torch.optim.Optimizer):
-        return _rebuilt(optimizer, translate)
+        return _rebuilt(optimizer, model, translate)
     if not callable(optimizer):
         raise WorkloadError(
             f"optimizer must be a function (parameters) -> Optimizer, an Optimizer or None, "
             f"got {type(optimizer).__name__}."
         )
-    made = optimizer([p for p in model.parameters() if p.requires_grad])
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise WorkloadError(
+            "no parameter of the model requires a gradient, so there is nothing to train: unfreeze "
+            "some, or pass optimizer=None."
+        )
+    try:
+        made = optimizer(trainable)
+    except Exception as error:
+        raise WorkloadError(
+            f"optimizer(parameters) failed: {type(error).__name__}: {first_line(error)}. Pass a "
+            "function (parameters) -> Optimizer, an Optimizer or None."
+        ) from error
     if not isinstance(made, torch.optim.Optimizer):
         raise WorkloadError(
             f"optimizer(parameters) returned {type(made).__name__}, expected a "
@@ -130,7 +221,7 @@ def make_optimizer(
 
 
 def _rebuilt(
-    optimizer: torch.optim.Optimizer, translate: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer, model: nn.Module, translate: Callable[[Tensor], Tensor]
 ) -> torch.optim.Optimizer:
     fresh = copy.copy(optimizer)
     fresh.state = defaultdict(dict)
@@ -138,4 +229,11 @@ def _rebuilt(
         {**group, "params": [translate(p) for p in group["params"]]}
         for group in optimizer.param_groups
     ]
+    present = set(map(id, model.parameters()))
+    if not any(id(p) in present for group in fresh.param_groups for p in group["params"]):
+        raise WorkloadError(
+            f"the {type(optimizer).__name__} given as optimizer holds none of this model's "
+            "parameters: build it from model.parameters(), or pass a function (parameters) -> "
+            "Optimizer."
+        )
     return fresh

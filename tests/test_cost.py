@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.models import square_mean
 from torch import nn
 
 import remat
@@ -11,7 +12,6 @@ from remat.cost.devices import find_device
 from remat.cost.model import CostModel
 from remat.cost.workspace import measure_workspace
 from remat.trace.capture import capture
-from tests.models import square_mean
 
 
 def test_roofline_is_the_larger_of_arithmetic_and_traffic():
@@ -32,7 +32,7 @@ def test_roofline_is_the_larger_of_arithmetic_and_traffic():
 
 
 def test_measured_cost_prices_the_plan():
-    """Timed ops replace the roofline, say so in the plan, and rank a large product above a small."""
+    """Timed ops replace the roofline, say so, and rank a large product above a small one."""
     small, large = nn.Linear(64, 64, bias=False), nn.Linear(64, 4096, bias=False)
     model = nn.Sequential(small, nn.GELU(), large)
     batch = torch.randn(512, 64)

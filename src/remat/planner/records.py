@@ -53,6 +53,13 @@ class Fingerprint(Record):
     remat_version: str
 
 
+class SavedOp(Record):
+    """One op of a region whose result is kept: the `occurrence`-th call of that op within it."""
+
+    name: str
+    occurrence: int = Field(ge=0)
+
+
 class Region(Record):
     """One decision: a module call whose activations are dropped and recomputed in backward."""
 
@@ -64,6 +71,9 @@ class Region(Record):
     )
     mutated_buffers: tuple[str, ...] = Field(
         default=(), description="Buffers that the region updates; they are updated exactly once."
+    )
+    saved_ops: tuple[SavedOp, ...] = Field(
+        default=(), description="Ops whose results are kept; the rest is recomputed."
     )
     freed_bytes: int = Field(default=0, description="Bytes that the region frees at the peak.")
     recompute_seconds: float = Field(default=0.0, description="Cost of recomputing it once.")

@@ -4,7 +4,7 @@ NOTE [ Alive as an expression ]
 Decisions x are 0 or 1, and at most one option is chosen among those that contain a call. A storage
 that only saved tensors and regions hold is alive at a tick if any holder holds it:
 - a tensor saved inside options A that are all dropped at the tick holds it as 1 - sum(x[a]);
-- a region r that reads it holds it as x[r].
+- a region r that keeps it, as its input or as the result of a saved op, holds it as x[r].
 If r is in A, the two together are 1 - sum(x[a] for a in A without r), because at most one of A is
 chosen. Several expressions that remain are joined by a variable z >= each of them, and a storage
 counts once however many hold it.
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from remat.planner.options import Option
 from remat.planner.timeline import Timeline
 from remat.trace.records import BASE_KINDS
 
@@ -66,7 +65,6 @@ class RowBuilder:
         spans = [self._span(int(i)) for i in self._numbers]
         self._first = np.array([a for a, _ in spans], dtype=np.int64)
         self._last = np.array([b for _, b in spans], dtype=np.int64)
-        self._parents = [frozenset(o.parents) for o in self.options]
 
     def row(self, tick: int) -> Row:
         """Return the row of a tick; at a recomputation, with the working set of what runs then."""
@@ -88,7 +86,7 @@ class RowBuilder:
         ends += [
             self.timeline.trace.handles[n].end for n in self.timeline.handles_of.get(storage, ())
         ]
-        ends += [self.options[p].release for p in self.timeline.readers.get(storage, ())]
+        ends += [last for _, _, last in self.timeline.holders.get(storage, ())]
         return record.birth, max(ends, default=record.birth)
 
     def _add_storage(self, row: Row, storage: int) -> None:
@@ -119,9 +117,7 @@ class RowBuilder:
             row.constant += size
             return
         readers = {
-            p
-            for p in self.timeline.readers.get(storage, ())
-            if self.options[p].start <= tick <= self.options[p].release
+            p for p, first, last in self.timeline.holders.get(storage, ()) if first <= tick <= last
         }
         expressions = self._simplify(saved, readers)
         if len(expressions) == 1:
@@ -154,6 +150,4 @@ class RowBuilder:
         return chains
 
     def _nested(self, a: int, b: int) -> bool:
-        first: Option = self.options[a]
-        second: Option = self.options[b]
-        return second.call in self._parents[a] or first.call in self._parents[b]
+        return self.options[a].excludes(self.options[b])

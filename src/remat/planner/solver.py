@@ -247,10 +247,12 @@ class _Programme:
 
     def _exclude_nested(self) -> None:
         """At most one option of each chain of nested calls is chosen."""
-        position_of = {option.call: p for p, option in enumerate(self._options)}
+        of_call: dict[int, list[int]] = {}
+        for position, option in enumerate(self._options):
+            of_call.setdefault(option.call, []).append(position)
         chains = {
-            frozenset([p, *(position_of[c] for c in option.parents if c in position_of)])
-            for p, option in enumerate(self._options)
+            frozenset(p for c in (option.call, *option.parents) for p in of_call.get(c, ()))
+            for option in self._options
         }
         for chain in chains:
             if len(chain) > 1 and not any(chain < other for other in chains):

@@ -2,7 +2,8 @@
 
 NOTE [ What a region changes ]
 1. The tensors that it saved are not held from when they were packed until `recompute_at`.
-2. Its inputs are held from its start until the last of its saved tensors is released.
+2. Its inputs are held from its start until the last of its saved tensors is released; results of
+   its saved ops are held from forward until recomputation takes them.
 3. At `recompute_at` it runs again: everything alive then, plus its own working set.
 4. After that, what it saved is alive as copies, each until its own release.
 5. Snapshots of buffers and random state are held as long as its inputs.
@@ -50,15 +51,16 @@ class Timeline:
         for number, handle in enumerate(trace.handles):
             if trace.storages[handle.storage].kind not in BASE_KINDS:
                 self.handles_of.setdefault(handle.storage, []).append(number)
-        self.readers: dict[int, list[int]] = {}
+        # storage -> (option, first tick, last tick) for each option that holds it
+        self.holders: dict[int, list[tuple[int, int, int]]] = {}
+        by_call: dict[int, tuple[int, ...]] = {}
         for position, option in enumerate(options):
-            for storage in option.inputs:
-                self.readers.setdefault(storage, []).append(position)
-        by_call = {option.call: position for position, option in enumerate(options)}
+            for storage, first, last in option.holds:
+                self.holders.setdefault(storage, []).append((position, first, last))
+            by_call[option.call] = (*by_call.get(option.call, ()), position)
         self._around: dict[int, tuple[int, ...]] = {-1: ()}
         for number, call in enumerate(trace.calls):
-            own = (by_call[number],) if number in by_call else ()
-            self._around[number] = own + self._around[call.parent]
+            self._around[number] = by_call.get(number, ()) + self._around[call.parent]
         self.workspace = np.zeros(trace.num_ticks + 1, dtype=np.int64)
         for op, size in zip(trace.ops, cost.op_workspace, strict=True):
             self.workspace[op.tick] = size
@@ -67,7 +69,7 @@ class Timeline:
         self._keep_all_of: dict[int, list[Interval]] = {}
 
     def around(self, call: int) -> tuple[int, ...]:
-        """Return the options that contain a call, innermost first."""
+        """Return the options that contain a call, innermost first; at most one is chosen."""
         return self._around[call]
 
     def curve(self, chosen: Collection[int]) -> Curve:
@@ -115,8 +117,8 @@ class Timeline:
             else:
                 original.append(again)
         original.extend(
-            (self.options[position].start, self.options[position].release)
-            for position in self.readers.get(storage, ())
+            (first, last)
+            for position, first, last in self.holders.get(storage, ())
             if position in picked
         )
         return _union(original), list(copies.values())
@@ -129,12 +131,9 @@ class Timeline:
 
     def _storages_touched(self, position: int) -> frozenset[int]:
         option = self.options[position]
-        inside = (
-            s
-            for s, numbers in self.handles_of.items()
-            if any(position in self._around[self.trace.handles[n].call] for n in numbers)
-        )
-        return frozenset(inside) | set(option.inputs)
+        handles = self.trace.handles[option.first_handle : option.stop_handle]
+        inside = {h.storage for h in handles if h.storage in self.handles_of}
+        return frozenset(inside | {storage for storage, _, _ in option.holds})
 
     def _changes(self, storages: Iterable[int], picked: frozenset[int]) -> NDArray[np.int64]:
         changes = np.zeros(self.trace.num_ticks + 2, dtype=np.int64)

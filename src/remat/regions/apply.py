@@ -120,6 +120,11 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
             clock=clock,
             calls=None if len(calls) == num_calls else calls,
             num_calls=num_calls,
+            saved_ops={
+                region.call: frozenset((op.name, op.occurrence) for op in region.saved_ops)
+                for region in chosen
+                if region.saved_ops
+            },
             preserve_rng_state=any(region.draws_random_numbers for region in chosen),
             buffers=tuple(home for b in mutated for home in buffers[b]),
             replaced=module.__dict__.get("forward"),

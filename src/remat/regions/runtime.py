@@ -6,12 +6,17 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 # Any: a module's arguments and results are the user's own.
 
@@ -54,34 +59,39 @@ class RegionRuntime:
     clock: StepClock
     calls: frozenset[int] | None = None
     num_calls: int = 1
+    saved_ops: dict[int, frozenset[tuple[str, int]]] = field(default_factory=dict)
     preserve_rng_state: bool = False
     buffers: tuple[tuple[nn.Module, str], ...] = ()
     replaced: Callable[..., Any] | None = None
     _step: int = -1
     _count: int = 0
 
-    def is_selected(self) -> bool:
-        """Whether the call that begins now is one that the plan recomputes."""
-        if self.calls is None:
-            return True
+    def selected_call(self) -> int | None:
+        """Return which call within the step begins now; `None` if it is not recomputed."""
+        if self.calls is None and self.num_calls == 1:
+            return 0
         step = self.clock.note_forward()
         if step != self._step:
             self._step, self._count = step, 0
         index = self._count % self.num_calls
         self._count += 1
-        return index in self.calls
+        return index if self.calls is None or index in self.calls else None
 
 
 def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwargs: Any) -> Any:
     """Run a module's forward as a checkpointed region where the plan says so."""
     forward = runtime.replaced or types.MethodType(type(module).forward, module)
-    if not torch.is_grad_enabled() or is_recomputing() or not runtime.is_selected():
+    if not torch.is_grad_enabled() or is_recomputing():
         return forward(*args, **kwargs)
+    call = runtime.selected_call()
+    if call is None:
+        return forward(*args, **kwargs)
+    saved_ops = runtime.saved_ops.get(call, frozenset())
     options: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
         hooked = [m for m in module.modules() if m is not module and _has_hooks(m)]
-        if runtime.buffers or runtime.calls is not None or hooked:
-            options["context_fn"] = functools.partial(_contexts, runtime, tuple(hooked))
+        if runtime.buffers or runtime.num_calls > 1 or hooked or saved_ops:
+            options["context_fn"] = functools.partial(_contexts, runtime, tuple(hooked), saved_ops)
     return checkpoint(
         forward,
         *args,
@@ -93,10 +103,56 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
 
 
 def _contexts(
-    runtime: RegionRuntime, hooked: tuple[nn.Module, ...]
-) -> tuple[_FirstRun, _Recomputation]:
+    runtime: RegionRuntime, hooked: tuple[nn.Module, ...], saved_ops: frozenset[tuple[str, int]]
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     first = _FirstRun(runtime, hooked)
-    return first, _Recomputation(runtime, first)
+    again = _Recomputation(runtime, first)
+    if not saved_ops:
+        return first, again
+    saving, using = create_selective_checkpoint_contexts(  # type: ignore[no-untyped-call]
+        _SaveOccurrences(saved_ops)
+    )
+    return _Both(first, saving), _Both(again, using)
+
+
+class _SaveOccurrences:
+    """Policy of selective checkpointing: save the named occurrences of ops, recompute the rest."""
+
+    def __init__(self, saved_ops: frozenset[tuple[str, int]]) -> None:
+        self._saved_ops = saved_ops
+        self._counts: dict[str, int] = {}
+
+    def __call__(self, *call: Any, **_: Any) -> CheckpointPolicy:
+        name = str(call[1])  # (context, op, *arguments)
+        occurrence = self._counts.get(name, 0)
+        self._counts[name] = occurrence + 1
+        if (name, occurrence) in self._saved_ops:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Both:
+    """Two contexts, the second inside the first."""
+
+    def __init__(
+        self, outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
+    ) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        try:
+            self._inner.__enter__()
+        except BaseException:
+            self._outer.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        kind, value, trace = error
+        try:
+            self._inner.__exit__(kind, value, trace)  # type: ignore[arg-type]
+        finally:
+            self._outer.__exit__(kind, value, trace)  # type: ignore[arg-type]
 
 
 class _FirstRun:

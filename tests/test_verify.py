@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import random
+import re
 import weakref
 
 import numpy as np
@@ -52,7 +54,7 @@ def batch():
 class Scaled(nn.Module):
     """Multiplies by another factor when it is run again."""
 
-    def __init__(self, factor=1.0, buffered=False):
+    def __init__(self, factor=1.0):
         super().__init__()
         self.linear, self.out, self.factor = nn.Linear(16, 16), nn.Linear(16, 16), factor
         # A buffer that is updated makes the runtime mark the recomputation.
@@ -81,7 +83,7 @@ def test_scaled_gradient_is_seen(batch):
     assert remat.verify(honest, batch, all_blocks(honest, batch), **STEP).identical
 
 
-def test_single_wrong_bit_is_seen(batch, monkeypatch):
+def test_single_wrong_bit_is_seen(batch):
     """One value of one gradient, one unit in the last place off, is a difference."""
     model = stack(lambda: Block(16))
     made = all_blocks(model, batch)
@@ -141,7 +143,7 @@ def test_hook_that_fires_twice_is_seen(batch, monkeypatch):
 
 
 def test_peak_above_the_budget_is_seen(batch):
-    """A plan whose budget is below the measured peak does not pass, though the bits are the same."""
+    """A plan whose budget is below the measured peak does not pass, though the bits are right."""
     model = stack(lambda: Block(16))
     made = all_blocks(model, batch)
     proof = remat.verify(model, batch, made, **STEP)
@@ -179,9 +181,7 @@ def test_planned_step_that_fails_is_an_error(batch):
             return super().forward(x)
 
     model = stack(Fails)
-    made = all_blocks(stack(lambda: Scaled()), batch)
-    mark = made.fingerprint.model_copy(update={})
-    assert mark.model_class.endswith("Sequential")
+    made = all_blocks(stack(Scaled), batch)  # of the same names and shapes
     with pytest.raises(remat.VerificationError, match="only when run again"):
         remat.verify(model, batch, made, **STEP)
     assert not runtime_is_planned(model)
@@ -266,7 +266,7 @@ class DrawsElsewhere(nn.Module):
         self.block = Block(16)
 
     def forward(self, x):
-        scale = random.random() + float(np.random.rand())
+        scale = random.random() + float(np.random.rand())  # noqa: NPY002  as users draw
         return self.block(torch.tanh(x) * scale)
 
 
@@ -299,20 +299,27 @@ class WritesToItsInput(nn.Module):
 
 
 class WritesToItsOutputLater(nn.Module):
-    """The second block's input is written to after the second block has read it."""
+    """What a block has read, and autograd has not kept, is written to after it."""
+
+    class Reads(nn.Module):
+        """Reads its input without saving it."""
+
+        def __init__(self):
+            super().__init__()
+            self.block = Block(16)
+
+        def forward(self, x):
+            return self.block(x + 1)
 
     def __init__(self):
         super().__init__()
-        self.one, self.two = Block(16), Block(16)
+        self.one, self.two = Block(16), self.Reads()
 
     def forward(self, x):
-        y = self.one(x)
-        z = self.two(y * 1)
-        kept = y * 1
-        z2 = self.two(kept)
-        with torch.no_grad():
-            kept.detach().mul_(3)
-        return z + z2
+        kept = self.one(x) * 1
+        y = self.two(kept)
+        kept.detach().mul_(3)
+        return y
 
 
 class ScalesItsWeight(nn.Module):
@@ -393,16 +400,14 @@ class ClearsCaches(nn.Module):
 
 
 class Remembers(nn.Module):
-    """Takes another way after its first call in a step."""
+    """Reads what it left in its last call."""
 
     def __init__(self):
         super().__init__()
-        self.linear, self.state, self.calls = nn.Linear(16, 16), None, 0
+        self.linear, self.state, self.calls = nn.Linear(16, 16), torch.zeros(64, 16), 0
 
     def forward(self, x):
-        y = torch.tanh(self.linear(x))
-        if self.state is not None:
-            y = y * self.state.sigmoid()
+        y = torch.tanh(self.linear(x)) * self.state.sigmoid()
         self.state = y.detach()
         self.calls += 1
         return x + y
@@ -421,6 +426,8 @@ class Passes(nn.Module):
     """Passes a dict that each block changes."""
 
     class Inner(nn.Module):
+        """Reads the dict and adds to it."""
+
         def __init__(self):
             super().__init__()
             self.block = Block(16)
@@ -465,10 +472,10 @@ REFUSED = {
     "cache": (ClearsCaches, "attribute 'cache'"),
     "state": (chained(Remembers), "attribute '(state|calls)'"),
     "dict": (Passes, "argument 1"),
+    "replaced buffer": (chained(ReplacedBuffer), "buffer 'average'"),
 }
 HANDLED = {
     "ema": chained(Average),
-    "replaced buffer": chained(ReplacedBuffer),
     "spectral norm": lambda: stack(
         lambda: Spectral(nn.utils.parametrizations.spectral_norm)
     ),
@@ -486,8 +493,6 @@ def test_hazards_are_refused_with_a_reason(name, batch):
     model = build()
     made = tightest(model, batch, **STEP)
     reasons = [h.message for h in made.hazards]
-    import re
-
     assert any(re.search(reason, message) for message in reasons), reasons
     assert all(h.where for h in made.hazards)
     refused = {h.where for h in made.hazards}
@@ -520,8 +525,6 @@ def test_old_spectral_norm_is_handled(batch):
 
 def test_buffers_in_regions_follow_a_model_without_a_plan(batch):
     """Over five steps with the plan on, buffers and parameters stay those of the bare model."""
-    import copy
-
     for build in (chained(Average), batch_norms):
         bare = build()
         planned = copy.deepcopy(bare)

@@ -33,7 +33,7 @@ _FREE_IF_DENSE = frozenset({
     "aten._log_softmax", "aten._log_softmax_backward_data",
     "aten.native_layer_norm", "aten.native_layer_norm_backward", "aten.native_batch_norm",
     "aten.sum", "aten.mean", "aten.var_mean", "aten.amax", "aten.amin", "aten.max", "aten.argmax",
-    "aten.nll_loss_forward", "aten.nll_loss_backward", "aten.embedding", "aten.cat", "aten.stack",
+    "aten.nll_loss_forward", "aten.nll_loss_backward", "aten.embedding", "aten.embedding_dense_backward", "aten.cat", "aten.stack",
     "aten.gather", "aten.index_select", "aten.scatter", "aten.arange",
     "aten.max_pool2d_with_indices", "aten.avg_pool2d", "aten.native_dropout",
     "aten.slice_backward", "aten.select_backward", "aten.split_with_sizes_copy", "aten.bernoulli_",
@@ -104,6 +104,9 @@ def _measure(signature: OpSignature) -> int:
         if shrink == 1:
             return _measure_once(signature)
         examples = _examples(signature)
+        if "scaled_dot_product" in signature.name:
+            # A buffer for each thread, whatever the number of examples.
+            return _measure_once(_with_examples(signature, examples, 1))
         few = max(1, examples // shrink // 2)
         small, large = (
             _measure_once(_with_examples(signature, examples, n)) for n in (few, 2 * few)

@@ -38,7 +38,7 @@ def run_demo(
     folder = new_run_dir(workload.name) if out is None else claim_run_dir(out)
     run = evaluate(
         workload,
-        budgets=("60%", "35%"),
+        budgets=("60%", "40%"),
         policies=(AllBlocks(),),
         peers=(EveryNth(n=2),),
         front_points=5,

@@ -43,7 +43,7 @@ def _at_cut(
     freeable: dict[int, int] = {}
     for storage, numbers in timeline.handles_of.items():
         record = timeline.trace.storages[storage]
-        if record.kind in BASE_KINDS or storage not in maker:
+        if record.kind in BASE_KINDS or storage not in maker or not record.size_bytes:
             continue
         if any(start <= tick <= end for start, end in record.intervals):
             continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from remat.cost.model import SELECTIVE_OP_OVERHEAD_S, StepCost
 from remat.planner.records import Hazard, Region, SavedOp
-from remat.trace.records import BASE_KINDS, BUFFERS, FORWARD, Call, Op, StepTrace
+from remat.trace.records import BASE_KINDS, FORWARD, Call, Op, StepTrace
 
 # Bytes of generator state that checkpointing keeps for each region that draws (CPU: Mersenne
 # twister, `torch.get_rng_state().numel()`); fake tensors do not show them.
@@ -179,7 +179,7 @@ class _Finder:
                     continue
                 if storage in inputs:
                     return "it writes to its own input; it is kept."
-                if self.trace.storages[storage].kind != BUFFERS:
+                if storage not in self.trace.buffer_names:
                     return "it writes to a tensor from outside that is no buffer; it is kept."
             outside.update(s for s in op.inputs if not first <= s < stop)
         if call.draws_python_random:
@@ -189,7 +189,7 @@ class _Finder:
             return f"it changes {call.changed_state}, which would change twice; it is kept.{hint}"
         release = self.trace.phase_start.get("optimizer", self.trace.num_ticks)
         for storage in inputs | outside:
-            if self.trace.storages[storage].kind == BUFFERS:
+            if storage in self.trace.buffer_names:
                 continue
             if any(call.end < tick < release for tick in self.writes.get(storage, ())):
                 return "what it reads is written to later, before backward; it is kept."

@@ -36,7 +36,13 @@ from remat.trace.records import (
     PARAMETERS,
     StepTrace,
 )
-from remat.trace.standin import FakeFactory, map_tensors, swap_tensors, untouched
+from remat.trace.standin import (
+    FakeFactory,
+    attribute_tensors,
+    map_tensors,
+    swap_tensors,
+    untouched,
+)
 from remat.trace.step import (
     DEFAULT_OPTIMIZER,
     OPTIMIZER_STEP,
@@ -219,6 +225,8 @@ def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> dict[int
         return tensor
 
     map_tensors(batch, note)
+    for tensor in attribute_tensors(model):
+        recorder.register(tensor, BUFFERS)
     return names
 
 

@@ -24,9 +24,11 @@ def visible_state(module: nn.Module, arguments: Any) -> dict[str, object]:
     """Return a comparable picture of a module's own attributes and of what it was passed.
 
     By identity, following lists, mappings and objects a few levels down; it holds no reference.
-    Parameters and buffers are left to the record of ops.
+    Writes into parameters and buffers are left to the record of ops; here it counts which tensors
+    they are.
     """
-    found: dict[str, object] = {}
+    found: dict[str, object] = {f"parameter {k!r}": id(v) for k, v in module._parameters.items()}
+    found.update((f"buffer {k!r}", id(v)) for k, v in module._buffers.items())
     own = {k: v for k, v in module.__dict__.items() if k not in _MODULE_TABLES and k != "forward"}
     for name, value in own.items():
         _look(value, f"attribute {name!r}", 0, found)

@@ -8,13 +8,13 @@ import pickle
 
 import pytest
 import torch
-from tests.models import Block, Recurrent, Tower, square_mean, tightest
 from torch import nn
 
 import remat
 from remat.fit import plan_policy
 from remat.planner.policies import AllBlocks
 from remat.regions.apply import is_applied, remove
+from tests.models import Block, Recurrent, Tower, square_mean, tightest
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from tests.models import Block, square_mean, tightest
 from torch import nn
 
 import remat
 import remat.errors
 from remat.regions.apply import is_applied
 from remat.trace.standin import random_states
+from tests.models import Block, square_mean, tightest
 
 
 def plan(model, batch, **step):
@@ -88,7 +88,7 @@ def test_losses_that_are_none(verb, model, batch, loss, message):
 def test_frozen_model(verb, model, batch, optimizer):
     """A model without any trainable parameter says that nothing is to be trained."""
     model.requires_grad_(False)
-    with pytest.raises(remat.WorkloadError, match="requires? (no|a) gradient"):
+    with pytest.raises(remat.WorkloadError, match=r"requires? (no|a) gradient"):
         verb(model, batch, loss=square_mean, optimizer=optimizer)
 
 
@@ -175,7 +175,7 @@ class Breaks(nn.Module):
         self.block, self.where, self.cache = Block(16, norm=nn.BatchNorm1d(16)), where, {"a": []}
 
     def forward(self, x):
-        y = self.block(x) + random.random() + float(np.random.rand()) + torch.rand(())
+        y = self.block(x) + random.random() + float(np.random.rand()) + torch.rand(())  # noqa: NPY002
         self.cache["a"].append(y)
         self.new = y
         self.block.eval()
@@ -249,7 +249,7 @@ def test_budget_above_everything_recomputes_nothing(model, batch, budget):
 
 
 def test_budget_error_says_what_would_do(model, batch):
-    """It has the budget, the least peak and what fills it, pickles, and its minimum is reachable."""
+    """It has the budget, the least peak and what fills it, pickles, and its minimum holds."""
     with pytest.raises(remat.BudgetError) as caught:
         remat.plan(model, batch, 1000, loss=square_mean)
     error = caught.value
@@ -361,7 +361,7 @@ def test_planned_model_is_not_planned_again(model, batch, made, budget):
 
 @pytest.mark.parametrize("meta", ["model", "batch"])
 def test_real_steps_need_values(model, batch, made, meta):
-    """A meta model or batch can be planned and simulated; measure and verify say why they cannot."""
+    """Measure and verify say why they cannot run a meta model or batch."""
     model = model.to("meta") if meta == "model" else model
     batch = batch.to("meta") if meta == "batch" else batch
     for verb in (

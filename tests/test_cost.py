@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.models import square_mean
 from torch import nn
 
 import remat
@@ -12,6 +11,7 @@ from remat.cost.devices import find_device
 from remat.cost.model import CostModel
 from remat.cost.workspace import measure_workspace
 from remat.trace.capture import capture
+from tests.models import square_mean
 
 
 def test_roofline_is_the_larger_of_arithmetic_and_traffic():

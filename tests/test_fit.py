@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.models import rising, tightest
-from tests.zoo import ALL, TINY
 from torch import nn
 
 import remat
 from remat.fit import Fit
 from remat.trace.standin import random_states
+from tests.models import rising, tightest
+from tests.zoo import ALL, TINY
 
 # Kernels allocate a few scalars below the dispatcher; see `remat.trace.records.CRUMBS_BYTES`.
 CRUMBS = 4096
@@ -121,7 +121,6 @@ def test_frontier_is_ordered():
 def test_six_blocks_reproduce_the_reference_table():
     """Peaks of six pre-norm blocks, weights excluded, are the published ones to 1 %."""
     from benchmarks.zoo import ZOO
-
     from remat.planner.policies import AllBlocks, FirstK, KeepAll, LastK
 
     case = ZOO["six_blocks"].build()

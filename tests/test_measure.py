@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from tests.models import Block, square_mean, tightest
 from torch import nn
 
 import remat
+from tests.models import Block, square_mean, tightest
 
 CRUMBS = 4096
 MIB = 2**20

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import namedtuple
+from typing import NamedTuple
 
 import pytest
 import torch
-from tests.models import Block, Recurrent, Tower, square_mean, tightest
-from tests.zoo import ALL, TINY
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +17,8 @@ from remat.trace.capture import capture
 from remat.trace.records import BACKWARD, BASE_KINDS, FORWARD, OPTIMIZER
 from remat.trace.standin import random_states
 from remat.trace.step import compute_loss
+from tests.models import Block, Recurrent, Tower, square_mean, tightest
+from tests.zoo import ALL, TINY
 
 CRUMBS = 4096
 # What fakes dispatch differently, none of which makes memory: saving a tensor, reading a value, and
@@ -170,7 +170,10 @@ def test_module_calls_are_told_apart():
 
 # -- batches and outputs --------------------------------------------------------------------------
 
-Point = namedtuple("Point", ["x", "y"])
+
+class Point(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
 
 
 @dataclasses.dataclass
@@ -313,10 +316,10 @@ def test_transformers_mask_costs_what_it_costs_in_a_real_step(kind):
     measured = remat.measure(case.model, batch, steps=1).peak_bytes
     assert abs(peak - measured) <= CRUMBS
     masks = [
-        dict(signature.keywords)["attn_mask"].shape
+        mask.shape
         for signature in capture(case.model, batch).signatures
         if signature.name.startswith("aten._scaled_dot_product")
-        and "attn_mask" in dict(signature.keywords)
+        and (mask := dict(signature.keywords).get("attn_mask")) is not None
     ]
     rows, tokens = ids.shape
     assert bool(masks) == (kind == "zeros")
@@ -453,19 +456,19 @@ def inside(model, batch):
 
 @pytest.mark.parametrize("outside", [False, True])
 def test_autocast_is_planned_and_verified(outside):
-    """Under autocast, in the loss or around everything, the peak is exact and the bits the same."""
-    model, batch = nn.Sequential(*(Block(32) for _ in range(4))), torch.randn(64, 32)
+    """Autocast in the loss or around all: same bits, a peak at most 5 % below the predicted."""
+    model, batch = nn.Sequential(*(Block(128) for _ in range(4))), torch.randn(512, 128)
     loss = square_mean if outside else inside
     with torch.autocast("cpu", torch.bfloat16, enabled=outside):
-        plan = tightest(model, batch, loss=loss)
+        plan = remat.plan(model, batch, "90%", loss=loss)
         proof = remat.verify(model, batch, plan, loss=loss)
         measured = remat.measure(model, batch, loss=loss, steps=2).peak_bytes
     assert plan.regions
     assert proof.identical
     assert proof.passed
     # bfloat16 kernels keep workspace from step to step, which is predicted at each op anew.
-    assert -CRUMBS <= plan.keep_all_peak_bytes - measured <= 0.03 * measured
-    assert abs(proof.peak_error) <= (0.03 if outside else 0.01)
+    assert -CRUMBS <= plan.keep_all_peak_bytes - measured <= 0.05 * measured
+    assert -0.001 <= proof.peak_error <= 0.05
     assert plan.fingerprint.autocast_dtype == ("bfloat16" if outside else None)
 
 

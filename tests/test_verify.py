@@ -12,7 +12,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from tests.models import Block, square_mean, tightest
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +20,8 @@ from remat.fit import plan_policy
 from remat.planner.policies import AllBlocks
 from remat.regions import runtime
 from remat.regions.runtime import is_recomputing
+from remat.trace.standin import attribute_tensors
+from tests.models import Block, square_mean, tightest
 
 CRUMBS = 4096
 STEP = {"loss": square_mean}
@@ -118,7 +119,7 @@ def test_redrawn_dropout_is_seen(batch):
 
 
 def test_buffer_updated_twice_is_seen(batch):
-    """Without the snapshot of buffers, batch norm counts twice: statistics and counter are named."""
+    """Without the snapshot of buffers, batch norm counts twice: each of its buffers is named."""
     model = stack(lambda: Block(16, norm=nn.BatchNorm1d(16), dropout=0.0))
     made = all_blocks(model, batch)
     assert all(len(r.mutated_buffers) == 3 for r in made.regions)
@@ -276,7 +277,8 @@ class DrawsFromNumpyTensor(nn.Module):
         self.block = Block(16)
 
     def forward(self, x):
-        return self.block(torch.tanh(x) * torch.from_numpy(np.random.rand(16).astype("float32")))
+        drawn = np.random.rand(16).astype("float32")  # noqa: NPY002
+        return self.block(torch.tanh(x) * torch.from_numpy(drawn))
 
 
 class OwnGenerator(nn.Module):
@@ -499,7 +501,10 @@ def test_hazards_are_refused_with_a_reason(name, batch):
     assert not refused & {r.module for r in made.regions}
     proof = remat.verify(model, batch, made, **STEP)
     assert proof.passed, proof.differences
-    assert abs(made.predicted_peak_bytes - proof.measured_peak_bytes) <= CRUMBS
+    # Tensors in plain attributes are in the prediction, and not in what is measured.
+    attributes = sum(t.nbytes for t in attribute_tensors(model))
+    error = made.predicted_peak_bytes - proof.measured_peak_bytes
+    assert -CRUMBS <= error <= CRUMBS + attributes
 
 
 @pytest.mark.parametrize("name", HANDLED)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from remat.cost.devices import Device, find_device
@@ -367,7 +368,8 @@ class Fit:
             )
         elif self._workspace:
             notes.append(
-                f"Kernels' own workspace was measured here for {len(self._workspace)} op shapes, "
-                f"the largest {format_bytes(max(self._workspace.values()))}."
+                f"Kernels' own workspace was measured here for {len(self._workspace)} op shapes "
+                f"with {torch.get_num_threads()} threads, the largest "
+                f"{format_bytes(max(self._workspace.values()))}."
             )
         return tuple(notes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from remat.cost.allocations import most_allocated
-from remat.trace.standin import attribute_tensors, map_tensors
+from remat.trace.standin import map_tensors
 
 CPU_SOURCE = "CPU allocator events of the autograd profiler"
 CUDA_SOURCE = "torch.cuda.max_memory_allocated"
@@ -36,8 +36,8 @@ def live_bytes(tensors: Iterable[Tensor]) -> int:
 def step_tensors(
     model: nn.Module, batch: object, optimizer: torch.optim.Optimizer | None
 ) -> list[Tensor]:
-    """List what is alive before a step: the model's tensors, batch and optimizer state."""
-    found: list[Tensor] = [*model.parameters(), *model.buffers(), *attribute_tensors(model)]
+    """List what is alive before a step: parameters, buffers, batch and optimizer state."""
+    found: list[Tensor] = [*model.parameters(), *model.buffers()]
 
     def note(tensor: Tensor) -> Tensor:
         found.append(tensor)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from remat.errors import WorkloadError
 from remat.prove.allocator import record_peak, step_tensors
 from remat.prove.records import Measurement
-from remat.trace.standin import map_tensors, untouched
+from remat.trace.standin import attribute_tensors, map_tensors, untouched
 from remat.trace.step import (
     DEFAULT_OPTIMIZER,
     Loss,
@@ -110,7 +110,7 @@ def check_real(model: nn.Module, batch: Any) -> torch.device:
 @contextlib.contextmanager
 def restored(model: nn.Module, batch: Any) -> Iterator[None]:
     """Put parameters, buffers, attributes, gradients, batch and random state back, bit for bit."""
-    kept = step_tensors(model, batch, None)
+    kept = (*step_tensors(model, batch, None), *attribute_tensors(model))
     named: dict[int, Tensor] = {id(t): t for t in kept}
     values = {key: tensor.detach().to("cpu", copy=True) for key, tensor in named.items()}
     leaves = {id(t): t for t in kept if t.is_leaf}

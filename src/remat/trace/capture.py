@@ -38,7 +38,6 @@ from remat.trace.records import (
 )
 from remat.trace.standin import (
     FakeFactory,
-    attribute_tensors,
     map_tensors,
     swap_tensors,
     untouched,
@@ -225,8 +224,6 @@ def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> dict[int
         return tensor
 
     map_tensors(batch, note)
-    for tensor in attribute_tensors(model):
-        recorder.register(tensor, BUFFERS)
     return names
 
 

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from remat.errors import ApplyError
+from remat.trace.caches import Filled, caches_in, with_empty_caches
+
 # Any: a module's arguments and results are the user's own.
 
 _thread = threading.local()
@@ -89,8 +92,11 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
     saved_ops = runtime.saved_ops.get(call, frozenset())
     options: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
+        caches = caches_in((args, kwargs))
+        if caches:
+            forward = functools.partial(_fill_once, forward, [Filled(cache) for cache in caches])
         hooked = [m for m in module.modules() if m is not module and _has_hooks(m)]
-        if runtime.buffers or runtime.num_calls > 1 or hooked or saved_ops:
+        if runtime.buffers or runtime.num_calls > 1 or hooked or saved_ops or caches:
             options["context_fn"] = functools.partial(_contexts, runtime, tuple(hooked), saved_ops)
     return checkpoint(
         forward,
@@ -100,6 +106,20 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
         **options,
         **kwargs,
     )
+
+
+def _fill_once(forward: Callable[..., Any], before: list[Filled], *args: Any, **kwargs: Any) -> Any:
+    """Run a forward that fills key-value caches; see NOTE [ Filling a cache twice ]."""
+    if is_recomputing():
+        args, kwargs = with_empty_caches(args, kwargs)
+        return forward(*args, **kwargs)
+    output = forward(*args, **kwargs)
+    if before != [Filled(cache) for cache in caches_in((args, kwargs))]:
+        raise ApplyError(
+            "a recomputed module adds to a key-value cache that is not empty, which would be done "
+            "twice: set use_cache=False for training, or plan with a batch that has the cache."
+        )
+    return output
 
 
 def _contexts(

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from remat.trace.caches import Filled, is_cache
+
 # Any: modules hold, and are called with, whatever the user made.
 
 _MODULE_TABLES: Final = frozenset(nn.Module().__dict__)
@@ -61,6 +63,9 @@ def _look(value: Any, path: str, depth: int, found: dict[str, object]) -> None:
         found[path] = value
         return
     found[path] = id(value)
+    if is_cache(value):
+        found[f"entries of {path}"] = Filled(value)
+        return
     if depth >= _DEEPEST or isinstance(value, (Tensor, *_OPAQUE)):
         return
     if isinstance(value, (set, frozenset)):

@@ -369,7 +369,7 @@ class Fit:
         elif self._workspace:
             notes.append(
                 f"Kernels' own workspace was measured here for {len(self._workspace)} op shapes "
-                f"with {torch.get_num_threads()} threads, the largest "
+                f"(threads: {torch.get_num_threads()}), the largest "
                 f"{format_bytes(max(self._workspace.values()))}."
             )
         return tuple(notes)

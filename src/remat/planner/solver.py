@@ -68,7 +68,20 @@ class Solver:
         best = self._best_fitting(budget_bytes, [frozenset(), *candidates])
         if best is not None and not best.chosen:
             return self._ended(best, Outcome.OPTIMAL, 0.0, 0)
+        # The smaller space first: its solution starts the larger one, and stands if time ends.
+        selective = [p for p, option in enumerate(self.options) if option.saved_ops]
+        if selective:
+            whole = self._search(budget_bytes, best, excluded=selective)
+            if whole is not None and (best is None or whole.seconds < best.seconds):
+                best = whole
+        return self._search(budget_bytes, best)
+
+    def _search(
+        self, budget_bytes: int, best: Solution | None, excluded: Iterable[int] = ()
+    ) -> Solution | None:
+        """Solve, add the rows that the solution violates, and repeat; `best` is the fallback."""
         programme = _Programme(self, self._rows.values(), budget_bytes=budget_bytes)
+        programme.exclude(excluded)
         deadline = self._clock() + self._time_limit_s
         bound, solves = 0.0, 0
         slack: dict[int, int] = {}
@@ -257,6 +270,11 @@ class _Programme:
         for chain in chains:
             if len(chain) > 1 and not any(chain < other for other in chains):
                 self._add_row(-highspy.kHighsInf, 1.0, dict.fromkeys(chain, 1.0))
+
+    def exclude(self, positions: Iterable[int]) -> None:
+        """Leave options out of the choice."""
+        for position in positions:
+            self._highs.changeColBounds(position, 0.0, 0.0)
 
     def _add_row(self, low: float, high: float, coefficients: dict[int, float]) -> int:
         columns = np.array(list(coefficients), dtype=np.int32)

@@ -25,7 +25,6 @@ class CostModel:
     device: Device
     seconds: Mapping[OpSignature, float] = field(default_factory=dict)
     workspace: Mapping[OpSignature, int] = field(default_factory=dict)
-    is_workspace_known: bool = True
 
     @property
     def source(self) -> str:

@@ -216,7 +216,7 @@ class _Finder:
             made = self.option(
                 option.call, call, (option.first_handle, option.stop_handle), frozenset(chosen)
             )
-            if made is not None and made.seconds > 0 and self._drops_more_than_it_keeps(made):
+            if made is not None and made.seconds > 0 and self._drops_anything(made):
                 yield made
 
     def _savable(self, option: Option) -> Iterator[tuple[float, int]]:
@@ -229,7 +229,7 @@ class _Finder:
                 continue
             yield self.cost.op_seconds[position] / size, position
 
-    def _drops_more_than_it_keeps(self, option: Option) -> bool:
+    def _drops_anything(self, option: Option) -> bool:
         handles = self.trace.handles[option.first_handle : option.stop_handle]
         dropped = {h.storage for h in handles if option.owns(h.storage)}
         return any(self.trace.storages[s].size_bytes for s in dropped)

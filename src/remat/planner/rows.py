@@ -92,10 +92,7 @@ class RowBuilder:
     def _add_storage(self, row: Row, storage: int) -> None:
         tick, size = row.tick, self.timeline.trace.storages[storage].size_bytes
         record = self.timeline.trace.storages[storage]
-        if any(start <= tick <= end for start, end in record.intervals):
-            held_naturally = True
-        else:
-            held_naturally = False
+        held_naturally = any(start <= tick <= end for start, end in record.intervals)
         saved: set[frozenset[int]] = set()
         copies: set[int] = set()
         for number in self.timeline.handles_of.get(storage, ()):
@@ -142,12 +139,9 @@ class RowBuilder:
         chains: list[list[int]] = []
         for position in sorted(positions):
             for chain in chains:
-                if all(self._nested(position, other) for other in chain):
+                if all(self.options[position].excludes(self.options[other]) for other in chain):
                     chain.append(position)
                     break
             else:
                 chains.append([position])
         return chains
-
-    def _nested(self, a: int, b: int) -> bool:
-        return self.options[a].excludes(self.options[b])

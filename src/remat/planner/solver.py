@@ -7,6 +7,7 @@ rows is a relaxation, and its solution satisfies every row.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -150,14 +151,8 @@ class Solver:
                 if tick not in self._rows:
                     self._rows[tick] = self._builder.row(tick)
                 programme.add(self._rows[tick])
-        return Solution(
-            chosen=best.chosen,
-            seconds=best.seconds,
-            peak_bytes=best.peak_bytes,
-            outcome=outcome,
-            bound_seconds=0.0,
-            num_rows=len(self._rows),
-            num_solves=solves,
+        return dataclasses.replace(
+            best, outcome=outcome, num_rows=len(self._rows), num_solves=solves
         )
 
     def _measured(self, chosen: frozenset[int]) -> Solution:
@@ -187,10 +182,8 @@ class Solver:
     ) -> Solution | None:
         if best is None:
             return None
-        return Solution(
-            chosen=best.chosen,
-            seconds=best.seconds,
-            peak_bytes=best.peak_bytes,
+        return dataclasses.replace(
+            best,
             outcome=outcome,
             bound_seconds=bound,
             num_rows=len(self._rows),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from remat.errors import WorkloadError
 from remat.prove.allocator import record_peak, step_tensors
 from remat.prove.records import Measurement
-from remat.trace.standin import attribute_tensors, map_tensors, untouched
+from remat.trace.standin import attribute_tensors, untouched
 from remat.trace.step import (
     DEFAULT_OPTIMIZER,
     Loss,
@@ -128,11 +128,6 @@ def restored(model: nn.Module, batch: Any) -> Iterator[None]:
                         tensor.copy_(values[key])
             for key, tensor in leaves.items():
                 tensor.grad = gradients[key]
-
-
-def snapshot(value: Any) -> Any:
-    """Copy every tensor of a nested value."""
-    return map_tensors(value, lambda tensor: tensor.detach().clone())
 
 
 def _wait(device: torch.device) -> None:

@@ -166,9 +166,6 @@ def _capture(
         num_ticks=recorder.tick + 1,
         phase_start=recorder.phase_start,
         buffer_names=buffer_names,
-        parameter_storages=frozenset(
-            i for i, s in enumerate(recorder.storages) if s.kind == PARAMETERS
-        ),
         device_type=_device_type(model),
     )
 

@@ -145,7 +145,6 @@ class StepTrace:
     num_ticks: int
     phase_start: dict[str, int]
     buffer_names: dict[int, tuple[str, ...]]
-    parameter_storages: frozenset[int]
     device_type: str
     notes: list[str] = field(default_factory=list)
 

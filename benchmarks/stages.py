@@ -104,7 +104,7 @@ def policies(model: str, arguments: argparse.Namespace) -> None:
     case = ZOO[model].build()
     fit = Fit(case.model, case.batch, loss=case.loss, optimizer=adamw)
     rows = []
-    for policy in (KeepAll(), *simple_policies(len(fit.blocks))):
+    for policy in (KeepAll(), *simple_policies(len(fit.plain.blocks))):
         made = fit.policy(policy)
         rows.append(
             {
@@ -117,8 +117,8 @@ def policies(model: str, arguments: argparse.Namespace) -> None:
     _write(
         path_of(arguments.work, model, "policies"),
         {
-            "blocks": [fit.options[position].module for position in fit.blocks],
-            "all_blocks": _text_of(fit.policy(simple_policies(len(fit.blocks))[0])),
+            "blocks": [fit.plain.options[position].module for position in fit.plain.blocks],
+            "all_blocks": _text_of(fit.policy(simple_policies(len(fit.plain.blocks))[0])),
             "rows": rows,
         },
     )

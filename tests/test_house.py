@@ -30,6 +30,7 @@ FLOORS = (
     {"planner"},
     {"regions"},
     {"prove"},
+    {"program"},
     {"fit"},
     {"runs"},
     {"report"},

@@ -17,6 +17,7 @@ from remat.planner.blocks import find_blocks
 from remat.planner.options import Option, find_options
 from remat.planner.policies import AbstractPolicy, simple_policies
 from remat.planner.records import Outcome, Region
+from remat.planner.recursion import find_recursions, spans_of
 from remat.planner.solver import Solution, Solver
 from remat.planner.timeline import Timeline
 from remat.prove.records import Simulation
@@ -76,17 +77,24 @@ class Program:
         )
         self.cost = cost_step(self.trace, self.cost_model)
         blocks = find_blocks(self.trace)
-        found = find_options(self.trace, self.cost, keep=frozenset(blocks))
+        forests = find_recursions(self.trace, self.cost)
+        found = find_options(self.trace, self.cost, keep=frozenset(blocks), spans=spans_of(forests))
         self.options: tuple[Option, ...] = found.options
         self.hazards = found.hazards
         self.timeline = Timeline(self.trace, self.cost, self.options)
         self.solver = Solver(self.timeline, time_limit_s=time_limit_s)
-        position_of = {o.call: p for p, o in enumerate(self.options) if not o.saved_ops}
+        position_of = {
+            o.call: p for p, o in enumerate(self.options) if o.is_single and not o.saved_ops
+        }
         self.blocks = tuple(position_of[c] for c in blocks if c in position_of)
         self._keep_all = self.timeline.curve(())
         self._known: list[frozenset[int]] = [
             frozenset(self.blocks[i] for i in policy.choose(len(self.blocks)))
             for policy in simple_policies(len(self.blocks))
+        ]
+        place = {option.parts[0].span: p for p, option in enumerate(self.options)}
+        self._known += [
+            frozenset(place[span] for span in forest if span in place) for forest in forests
         ]
         self._least: tuple[Solution, Simulation] | None = None
 
@@ -146,7 +154,7 @@ class Program:
         """Run the step under fake tensors with the choice applied."""
         self._report("simulating the plan", 0.8)
         step = self._step
-        install(step.model, tuple(self.options[p].region() for p in sorted(chosen)))
+        install(step.model, tuple(r for p in sorted(chosen) for r in self.options[p].regions()))
         try:
             trace = capture(
                 step.model, step.batch, loss=step.loss, optimizer=step.optimizer, drop_saved=False
@@ -189,7 +197,7 @@ class Program:
                 f"recomputed{kept}: frees {format_bytes(freed)} at the peak, "
                 f"costs {format_seconds(seconds)}"
             )
-            regions.append(
-                option.region().model_copy(update={"freed_bytes": freed, "reason": reason})
-            )
+            outer, *nested = option.regions()
+            figures = {"freed_bytes": freed, "recompute_seconds": seconds, "reason": reason}
+            regions += [outer.model_copy(update=figures), *nested]
         return tuple(regions)

@@ -193,8 +193,7 @@ class Solver:
     def _violations(self, curve: Curve, budget_bytes: int) -> list[tuple[int, int]]:
         """Return (tick, excess bytes) at the worst tick of each stretch that is over budget."""
         memory = curve.alive.copy()
-        for position, size in curve.replays.items():
-            tick = self.options[position].recompute_at
+        for tick, size in curve.replays:
             memory[tick] = max(int(memory[tick]), size)
         found = []
         for ticks in np.array_split(np.arange(len(memory)), _WINDOWS):
@@ -253,11 +252,12 @@ class _Programme:
 
     def _exclude_nested(self) -> None:
         """At most one option of each chain of nested calls is chosen."""
-        of_call: dict[int, list[int]] = {}
-        for position, option in enumerate(self._options):
-            of_call.setdefault(option.call, []).append(position)
         chains = {
-            frozenset(p for c in (option.call, *option.parents) for p in of_call.get(c, ()))
+            frozenset(
+                position
+                for position, other in enumerate(self._options)
+                if other.start <= option.start <= other.end
+            )
             for option in self._options
         }
         for chain in chains:

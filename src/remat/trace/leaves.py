@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from typing import Any, Final
@@ -63,8 +64,7 @@ class Identities:
         if known is not None and known[0]() is leaf:
             return known[1]
         self._count += 1
-        try:
+        # Where no weak reference can be made, it is never the same as anything.
+        with contextlib.suppress(TypeError):
             self._known[id(leaf)] = (weakref.ref(leaf), self._count)
-        except TypeError:
-            pass  # no weak reference can be made: never the same as anything
         return self._count

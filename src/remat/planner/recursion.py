@@ -1,0 +1,308 @@
+"""Recursion: the best nested recomputation of a chain of calls, by dynamic programming.
+
+The recurrences are those of Beaumont, Eyraud-Dubois, Herrmann, Joly and Shilova, "Optimal
+checkpointing for heterogeneous chains" (arXiv:1911.13214), over persistent schedules. With the
+input of stage s at hand and M bytes for what is held, backward through stages s..t costs
+
+    R(s, t, M) = min( R(s+1, t, M - saved(s))                                  keep stage s
+                      min over i in (s, t]: F(s, i) + R(i, t, M - input(i)) + R(s, i-1, M) )
+
+where F(s, i) runs stages s..i-1 again: these become one region, and what R(s, i-1, M) decides
+inside it, regions nested in it. Memory is counted in a few hundred slots, to the nearest; the
+timeline then tells the exact peak of each plan that is found.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remat.cost.model import StepCost
+from remat.planner.chains import find_chains, tilings
+from remat.planner.spans import Facts, Span
+from remat.planner.timeline import Timeline
+from remat.trace.records import BASE_KINDS, StepTrace
+
+_NUM_SLOTS = 400
+# Longer chains are planned in groups of stages, unless all their stages are alike.
+_MOST_STAGES = 72
+_SHORTEST_CHAIN = 4
+_MOST_FORESTS = 40
+_ALIKE = 1e-6
+
+Forest = tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What the stages of a chain cost and take; a stage is one call or a group of them.
+
+    `inputs` and `saved` are bytes, `needs` the least bytes in all, of the whole step, at which the
+    stage's backward can run when nothing else of the chain is held; the last of the n + 1 `needs`
+    is that of everything after the chain.
+    """
+
+    calls: tuple[tuple[int, ...], ...]
+    seconds: NDArray[np.float64]
+    inputs: NDArray[np.float64]
+    saved: NDArray[np.float64]
+    needs: NDArray[np.float64]
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether all stages cost and take the same."""
+        return _longest_alike(self) == (0, len(self.calls))
+
+
+def find_recursions(trace: StepTrace, cost: StepCost) -> tuple[Forest, ...]:
+    """Return plans for every long chain of a step: see `find_forests`, and tilings by runs."""
+    facts = Facts(trace, cost)
+    bare = Timeline(trace, cost, ())
+    found: list[Forest] = []
+    for chain in find_chains(trace):
+        if len(chain) < _SHORTEST_CHAIN or not _saves(facts, chain):
+            continue
+        found += (tuple(Span(run) for run in runs) for runs in tilings(chain))
+        found += find_forests(bare, facts, chain)
+    return tuple(forest for forest in found if _may_run(facts, forest))
+
+
+def spans_of(forests: Iterable[Forest]) -> tuple[Span, ...]:
+    """Return the outermost regions of plans that are no single calls, each once."""
+    roots = dict.fromkeys(span for forest in forests for span in forest)
+    return tuple(span for span in roots if len(span.calls) > 1 or span.children)
+
+
+def _saves(facts: Facts, chain: tuple[int, ...]) -> bool:
+    first, stop = facts.handles(Span(chain))
+    return stop > first
+
+
+def _may_run(facts: Facts, forest: Forest) -> bool:
+    return all(facts.refusal(span) is None and _may_run(facts, span.children) for span in forest)
+
+
+def find_forests(timeline: Timeline, facts: Facts, chain: tuple[int, ...]) -> Iterator[Forest]:
+    """Yield plans for a chain, from the least memory to the most, as regions with regions inside.
+
+    Complexity: O(n^3) in at most 72 stages, or O(n^2) where all stages are alike, times the number
+    of slots.
+    """
+    stages = _stages(timeline, facts, tuple((call,) for call in chain))
+    if len(chain) > _MOST_STAGES:
+        first, stop = _longest_alike(stages)
+        size = 1
+        if stop - first < len(chain) / 2:
+            first, stop, size = 0, len(chain), -(-len(chain) // _MOST_STAGES)
+        groups = tuple(chain[i : min(i + size, stop)] for i in range(first, stop, size))
+        stages = _stages(timeline, facts, groups)
+    table = _Table(stages)
+    seen: set[Forest] = set()
+    for forest in table.forests():
+        if forest and forest not in seen:
+            seen.add(forest)
+            yield forest
+
+
+def _longest_alike(stages: Stages) -> tuple[int, int]:
+    """Return the longest stretch of stages that cost and take the same, as first and stop.
+
+    The first stage of a chain may be given what is held all the time, and then holds no input.
+    """
+    figures = np.stack([stages.seconds, stages.inputs, stages.saved])
+    scale = np.maximum(np.abs(figures).max(axis=1, keepdims=True), 1e-30)
+    differs = (np.abs(np.diff(figures, axis=1)) > _ALIKE * scale).any(axis=0)
+    if len(differs) and not stages.inputs[0] and stages.inputs[1]:
+        differs[0] = bool((np.abs(np.diff(figures, axis=1)) > _ALIKE * scale)[[0, 2], 0].any())
+    bounds = [0, *(int(i) + 1 for i in np.flatnonzero(differs)), len(stages.calls)]
+    return max(itertools.pairwise(bounds), key=lambda pair: pair[1] - pair[0])
+
+
+def _stages(timeline: Timeline, facts: Facts, groups: tuple[tuple[int, ...], ...]) -> Stages:
+    trace = facts.trace
+    spans = [Span(calls) for calls in groups]
+    inside = [facts.handles(span) for span in spans]
+    first, stop = inside[0][0], inside[-1][1]
+    held = np.zeros(trace.num_ticks + 2, dtype=np.int64)  # by the chain's saved tensors alone
+    saved, backs = [], []
+    own = np.zeros(trace.num_ticks + 2, dtype=np.int64)
+    for span, (low, high) in zip(spans, inside, strict=True):
+        until: dict[int, tuple[int, int]] = {}
+        for handle in trace.handles[low:high]:
+            before = until.get(handle.storage, (handle.pack, handle.end))
+            until[handle.storage] = (before[0], max(before[1], handle.end))
+        unpacked = [h.unpack for h in trace.handles[low:high] if h.unpack >= 0]
+        backs.append((min(unpacked, default=-1), max((e for _, e in until.values()), default=-1)))
+        mine = facts.storages(span)
+        size = 0
+        for storage, (pack, end) in until.items():
+            record = trace.storages[storage]
+            if record.kind in BASE_KINDS or _is_held(timeline, storage, first, stop):
+                continue
+            natural = max((d for b, d in record.intervals if b <= pack), default=pack)
+            if end > natural:
+                held[natural + 1] += record.size_bytes
+                held[end + 1] -= record.size_bytes
+            if mine[0] <= storage < mine[1]:
+                size += record.size_bytes
+                back = max(backs[-1][0], 0)
+                own[back] += record.size_bytes
+                own[end + 1] -= record.size_bytes
+        saved.append(size)
+    alive = timeline.curve(()).alive
+    bare = alive - np.cumsum(held)[: len(alive)]
+    with_own = bare + np.cumsum(own)[: len(alive)]
+    needs = [
+        float(with_own[low : high + 1].max()) if 0 <= low <= high else 0.0 for low, high in backs
+    ]
+    begin = facts.ticks(spans[-1])[1]
+    turn = max(begin + 1, backs[-1][0])
+    needs.append(float(bare[begin:turn].max()) if begin < turn else 0.0)
+    return Stages(
+        calls=groups,
+        seconds=np.array([facts.seconds(*facts.ops(span)) for span in spans]),
+        inputs=np.array([_input_bytes(facts, span) for span in spans], dtype=np.float64),
+        saved=np.array(saved, dtype=np.float64),
+        needs=np.array(needs),
+    )
+
+
+def _is_held(timeline: Timeline, storage: int, first: int, stop: int) -> bool:
+    """Whether tensors saved outside the chain hold a storage as well."""
+    return any(not first <= number < stop for number in timeline.handles_of.get(storage, ()))
+
+
+def _input_bytes(facts: Facts, span: Span) -> int:
+    """Return the bytes of the one argument that differs along a chain: the result before it."""
+    call = facts.trace.calls[span.calls[0]]
+    storages = facts.trace.storages
+    return max(
+        (
+            storages[s].size_bytes
+            for s in call.arguments.storages
+            if storages[s].kind not in BASE_KINDS
+        ),
+        default=0,
+    )
+
+
+class _Table:
+    """The recurrences in slots of memory; see the module's docstring.
+
+    R(s, t, M) is tabulated over M - needs(t), the memory beyond the least: for stages that are
+    alike it then depends on the length t - s alone.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
+        self.num = len(stages.calls)
+        most = float(stages.saved.sum() + stages.inputs.sum() + np.ptp(stages.needs))
+        self.unit = self._unit(most)
+        self.slots = int(most / self.unit) + 2
+        self.inputs = np.rint(stages.inputs / self.unit).astype(np.int64)
+        self.kept = np.rint((stages.saved + np.append(stages.inputs[1:], 0.0)) / self.unit).astype(
+            np.int64
+        )
+        self.needs = np.rint((stages.needs - stages.needs.min()) / self.unit).astype(np.int64)
+        self.until = np.concatenate([[0.0], np.cumsum(stages.seconds)])
+        self.by_length = stages.are_alike and self.num > _MOST_STAGES
+        self._known: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._choice: dict[tuple[int, int], NDArray[np.int16]] = {}
+        self._fill()
+
+    def _unit(self, most: float) -> float:
+        """Take a slot that divides a stage's input, so that what many stages hold adds up."""
+        rough = max(most / _NUM_SLOTS, 1.0)
+        inputs = self.stages.inputs[self.stages.inputs > 0]
+        if not len(inputs):
+            return rough
+        typical = float(np.median(inputs))
+        if typical >= rough:
+            return typical / max(1, round(typical / rough))
+        return rough if rough > 4 * typical else typical
+
+    # -- R(s, t, .) over the slots above needs(t) -------------------------------------------------
+
+    def _key(self, s: int, t: int) -> tuple[int, int]:
+        return (0, t - s) if self.by_length and t < self.num else (s, t)
+
+    def _fill(self) -> None:
+        if self.by_length:
+            for length in range(self.num):
+                self._solve(self.num - 1 - length, self.num - 1)
+        for t in range(self.num if not self.by_length else 0):
+            for s in range(t, -1, -1):
+                self._solve(s, t)
+        # The whole chain, with what comes after it as a last stage that is never recomputed.
+        for s in range(self.num, -1, -1):
+            self._solve(s, self.num)
+
+    def _shifted(self, s: int, t: int, less: int) -> NDArray[np.float64]:
+        """Return R(s, t, M - less) for the M of every slot of the table that asks."""
+        known = self._known[self._key(s, t)]
+        found = np.full(self.slots, np.inf)
+        if less <= 0:
+            found[: self.slots + less] = known[-less:]
+            found[self.slots + less :] = known[-1]
+        elif less < self.slots:
+            found[less:] = known[: self.slots - less]
+        return found
+
+    def _solve(self, s: int, t: int) -> None:
+        key = self._key(s, t)
+        if s == self.num:
+            self._known[key] = np.zeros(self.slots)
+            self._choice[key] = np.zeros(self.slots, dtype=np.int16)
+            return
+        base = int(self.needs[t])
+        enough = np.arange(self.slots) >= self.needs[s] - base
+        if s == t:
+            best = np.where(enough, 0.0, np.inf)
+        else:
+            best = np.where(enough, self._shifted(s + 1, t, int(self.kept[s])), np.inf)
+        choice = np.zeros(self.slots, dtype=np.int16)
+        for i in range(s + 1, t + 1):
+            # The left part ends at stage i-1, whose needs may be more or less than those at t.
+            left = self._shifted(s, i - 1, int(self.needs[i - 1]) - base)
+            held = int(self.inputs[i]) if i < self.num else 0
+            cost = self._shifted(i, t, held) + left + (self.until[i] - self.until[s])
+            better = cost < best - 1e-15
+            best = np.where(better, cost, best)
+            choice[better] = i - s
+        self._known[key], self._choice[key] = best, choice
+
+    # -- plans ------------------------------------------------------------------------------------
+
+    def forests(self) -> Iterator[Forest]:
+        """Yield the plans of the whole chain at rising memory, where the cost changes."""
+        costs = self._known[(0, self.num)]
+        steps = [m for m in range(self.slots) if np.isfinite(costs[m])]
+        changes = [m for m in steps if m == steps[0] or costs[m] < costs[m - 1] - 1e-15]
+        if len(changes) > _MOST_FORESTS:
+            chosen = np.linspace(0, len(changes) - 1, _MOST_FORESTS)
+            changes = [changes[round(i)] for i in chosen]
+        for slot in changes:
+            yield self._forest(0, self.num, slot)
+
+    def _forest(self, s: int, t: int, slot: int) -> Forest:
+        """Read the regions among stages s..t that R(s, t, M) chose; slot is M - needs(t)."""
+        found: list[Span] = []
+        while s < min(t + 1, self.num):
+            index = min(slot, self.slots - 1)
+            step = int(self._choice[self._key(s, t)][index])
+            if step == 0:
+                slot -= int(self.kept[s]) if s < t else 0
+                s += 1
+                continue
+            i = s + step
+            inner_slot = slot - (int(self.needs[i - 1]) - int(self.needs[t]))
+            inside = self._forest(s, i - 1, inner_slot)
+            calls = tuple(call for stage in self.stages.calls[s:i] for call in stage)
+            found.append(Span(calls, inside))
+            slot -= int(self.inputs[i]) if i < self.num else 0
+            s = i
+        return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from remat.planner.blocks import find_blocks
 from remat.planner.options import Option, find_options
 from remat.planner.policies import AbstractPolicy, simple_policies
 from remat.planner.records import Outcome, Region
-from remat.planner.recursion import find_recursions, spans_of
+from remat.planner.recursion import find_recursions
 from remat.planner.solver import Solution, Solver
+from remat.planner.spans import Facts, Span
 from remat.planner.timeline import Timeline
 from remat.prove.records import Simulation
 from remat.prove.simulate import summarize
@@ -76,26 +78,27 @@ class Program:
             device=cost.device, seconds=cost.seconds, workspace=self.workspace
         )
         self.cost = cost_step(self.trace, self.cost_model)
+        facts = Facts(self.trace, self.cost)
         blocks = find_blocks(self.trace)
-        forests = find_recursions(self.trace, self.cost)
-        found = find_options(self.trace, self.cost, keep=frozenset(blocks), spans=spans_of(forests))
-        self.options: tuple[Option, ...] = found.options
+        found = find_options(facts, keep=frozenset(blocks))
+        options = list(found.options)
+        place = {o.parts[0].span: p for p, o in enumerate(options) if not o.saved_ops}
+        recursions = find_recursions(facts)
+        for option in itertools.chain.from_iterable(recursions):
+            if option.parts[0].span not in place:
+                place[option.parts[0].span] = len(options)
+                options.append(option)
+        self.options: tuple[Option, ...] = tuple(options)
         self.hazards = found.hazards
         self.timeline = Timeline(self.trace, self.cost, self.options)
         self.solver = Solver(self.timeline, time_limit_s=time_limit_s)
-        position_of = {
-            o.call: p for p, o in enumerate(self.options) if o.is_single and not o.saved_ops
-        }
-        self.blocks = tuple(position_of[c] for c in blocks if c in position_of)
+        self.blocks = tuple(place[span] for c in blocks if (span := Span((c,))) in place)
         self._keep_all = self.timeline.curve(())
         self._known: list[frozenset[int]] = [
             frozenset(self.blocks[i] for i in policy.choose(len(self.blocks)))
             for policy in simple_policies(len(self.blocks))
         ]
-        place = {option.parts[0].span: p for p, option in enumerate(self.options)}
-        self._known += [
-            frozenset(place[span] for span in forest if span in place) for forest in forests
-        ]
+        self._known += [frozenset(place[o.parts[0].span] for o in plan) for plan in recursions]
         self._least: tuple[Solution, Simulation] | None = None
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from remat.cost.model import SELECTIVE_OP_OVERHEAD_S, StepCost
+from remat.cost.model import SELECTIVE_OP_OVERHEAD_S
 from remat.planner.records import Hazard, Region, SavedOp
 from remat.planner.spans import Facts, Span
-from remat.trace.records import BASE_KINDS, FORWARD, StepTrace
+from remat.trace.records import BASE_KINDS, FORWARD
 
 # Bytes of generator state that checkpointing keeps for each region that draws (CPU: Mersenne
 # twister, `torch.get_rng_state().numel()`); fake tensors do not show them.
@@ -126,31 +126,25 @@ class OptionSet:
     hazards: tuple[Hazard, ...]
 
 
-def find_options(
-    trace: StepTrace,
-    cost: StepCost,
-    *,
-    keep: frozenset[int] = frozenset(),
-    spans: Iterable[Span] = (),
-) -> OptionSet:
-    """List the module calls that may be recomputed, and then the given runs and nested regions.
+def find_options(facts: Facts, *, keep: frozenset[int] = frozenset()) -> OptionSet:
+    """List the module calls that may be recomputed, whole or but for some saved ops.
 
     Calls whose recomputation frees nothing (a linear layer saves its input, which must be held
     anyway) and all but one of calls that save the same tensors are left out, except those in
     `keep`.
     """
-    builder = OptionBuilder(Facts(trace, cost))
+    builder = OptionBuilder(facts)
     options: list[Option] = []
     hazards: list[Hazard] = []
     seen: dict[tuple[int, int], int] = {}
-    for number, call in enumerate(trace.calls):
+    for number, call in enumerate(facts.trace.calls):
         if call.phase != FORWARD or not call.module or not call.uses_grad or call.stop_op < 0:
             continue
         span = Span((number,))
-        handles = builder.facts.handles(span)
+        handles = facts.handles(span)
         if handles[0] == handles[1]:
             continue
-        reason = builder.facts.refusal(span)
+        reason = facts.refusal(span)
         if reason is not None:
             hazards.append(Hazard(code="not-replayable", where=call.module, message=reason))
             continue
@@ -169,7 +163,6 @@ def find_options(
         options.append(option)
     for option in list(options):
         options.extend(builder.selective(option))
-    options.extend(made for span in spans if (made := builder.option(span)) is not None)
     return OptionSet(tuple(options), tuple(hazards))
 
 
@@ -369,21 +362,29 @@ class OptionBuilder:
 
     def _snapshots(self, parts: list[Part]) -> Iterator[tuple[int, int, int]]:
         for part in parts:
-            first_op, stop_op = self.facts.ops(part.span)
-            written = {s for op in self.trace.ops[first_op:stop_op] for s in op.mutated}
-            size = sum(
-                self.trace.storages[s].size_bytes for s in written if s in self.trace.buffer_names
-            )
-            size += RNG_STATE_BYTES * part.region.draws_random_numbers
+            size = self._snapshot_bytes(part)
             if size:
                 yield self.facts.ticks(part.span)[0], part.release, size
+
+    def _snapshot_bytes(self, part: Part) -> int:
+        """Return the bytes of the buffers and random state that a part must start from again."""
+        written = {
+            storage
+            for op in self.trace.ops[slice(*self.facts.ops(part.span))]
+            for storage in op.mutated
+            if storage in self.trace.buffer_names
+        }
+        size = sum(self.trace.storages[storage].size_bytes for storage in written)
+        return size + RNG_STATE_BYTES * part.region.draws_random_numbers
 
     def _replays(self, parts: list[Part], saved: frozenset[int]) -> Iterator[tuple[int, int]]:
         left: list[int] = []
         for part in parts:
             most, remains = self._replay_bytes(part, parts, saved)
-            # While it runs again, the present random state is kept aside.
+            # While it runs again, the present random state is kept aside, and the regions inside
+            # that begin take their snapshots a second time.
             most += RNG_STATE_BYTES * part.region.draws_random_numbers
+            most += sum(self._snapshot_bytes(p) for p in parts if _begins_in(part, p, parts))
             # What the recomputations around it, at the same moment, have made is not alive before.
             around = part.parent
             same = left[around] if around >= 0 and parts[around].back_at == part.back_at else 0
@@ -448,3 +449,13 @@ class OptionBuilder:
             saved = self.trace.handles[number]
             packed.setdefault(saved.storage, saved.pack)
         return packed
+
+
+def _begins_in(part: Part, inner: Part, parts: list[Part]) -> bool:
+    """Whether the recomputation of a part comes to the start of another that is nested in it."""
+    if inner.parent >= 0 and parts[inner.parent] is part:
+        return inner.first_op <= part.stop_op
+    around = inner.parent
+    while around >= 0 and parts[around] is not part:
+        around = parts[around].parent
+    return around >= 0 and inner.first_op < part.stop_op

@@ -15,17 +15,17 @@ timeline then tells the exact peak of each plan that is found.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remat.cost.model import StepCost
 from remat.planner.chains import find_chains, tilings
+from remat.planner.options import Option, OptionBuilder
 from remat.planner.spans import Facts, Span
 from remat.planner.timeline import Timeline
-from remat.trace.records import BASE_KINDS, StepTrace
+from remat.trace.records import BASE_KINDS
 
 _NUM_SLOTS = 400
 # Longer chains are planned in groups of stages, unless all their stages are alike.
@@ -58,32 +58,44 @@ class Stages:
         return _longest_alike(self) == (0, len(self.calls))
 
 
-def find_recursions(trace: StepTrace, cost: StepCost) -> tuple[Forest, ...]:
-    """Return plans for every long chain of a step: see `find_forests`, and tilings by runs."""
-    facts = Facts(trace, cost)
-    bare = Timeline(trace, cost, ())
-    found: list[Forest] = []
-    for chain in find_chains(trace):
-        if len(chain) < _SHORTEST_CHAIN or not _saves(facts, chain):
-            continue
-        found += (tuple(Span(run) for run in runs) for runs in tilings(chain))
-        found += find_forests(bare, facts, chain)
-    return tuple(forest for forest in found if _may_run(facts, forest))
+def find_recursions(facts: Facts) -> tuple[tuple[Option, ...], ...]:
+    """Return plans for every long chain of a step: nested ones and tilings by runs of one length.
 
-
-def spans_of(forests: Iterable[Forest]) -> tuple[Span, ...]:
-    """Return the outermost regions of plans that are no single calls, each once."""
-    roots = dict.fromkeys(span for forest in forests for span in forest)
-    return tuple(span for span in roots if len(span.calls) > 1 or span.children)
-
-
-def _saves(facts: Facts, chain: tuple[int, ...]) -> bool:
-    first, stop = facts.handles(Span(chain))
-    return stop > first
+    Of each chain those that no other plan for it beats in both peak and cost.
+    """
+    bare = Timeline(facts.trace, facts.cost, ())
+    found: list[tuple[Option, ...]] = []
+    for chain in find_chains(facts.trace):
+        first, stop = facts.handles(Span(chain))
+        if len(chain) >= _SHORTEST_CHAIN and stop > first:
+            forests = [tuple(Span(run) for run in runs) for runs in tilings(chain)]
+            forests += find_forests(bare, facts, chain)
+            found += _unbeaten(facts, [f for f in forests if _may_run(facts, f)])
+    return tuple(found)
 
 
 def _may_run(facts: Facts, forest: Forest) -> bool:
     return all(facts.refusal(span) is None and _may_run(facts, span.children) for span in forest)
+
+
+def _unbeaten(facts: Facts, forests: list[Forest]) -> Iterator[tuple[Option, ...]]:
+    """Yield the plans of one chain that are the cheapest at their exact peak."""
+    builder = OptionBuilder(facts)
+    roots = dict.fromkeys(span for forest in forests for span in forest)
+    options = {span: made for span in roots if (made := builder.option(span)) is not None}
+    position = {span: number for number, span in enumerate(options)}
+    timeline = Timeline(facts.trace, facts.cost, tuple(options.values()))
+    ranked = []
+    for forest in forests:
+        chosen = [span for span in forest if span in options]
+        peak = timeline.curve([position[span] for span in chosen]).peak_bytes
+        seconds = sum(options[s].seconds + options[s].overhead_seconds for s in chosen)
+        ranked.append((peak, seconds, tuple(options[span] for span in chosen)))
+    cheapest = float("inf")
+    for _, seconds, chosen_options in sorted(ranked, key=lambda item: item[:2]):
+        if seconds < cheapest:
+            cheapest = seconds
+            yield chosen_options
 
 
 def find_forests(timeline: Timeline, facts: Facts, chain: tuple[int, ...]) -> Iterator[Forest]:

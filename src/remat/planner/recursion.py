@@ -31,6 +31,7 @@ _NUM_SLOTS = 400
 # Longer chains are planned in groups of stages, unless all their stages are alike.
 _MOST_STAGES = 72
 _SHORTEST_CHAIN = 4
+_ZOOM = 8
 _MOST_FORESTS = 40
 _ALIKE = 1e-6
 
@@ -112,12 +113,18 @@ def find_forests(timeline: Timeline, facts: Facts, chain: tuple[int, ...]) -> It
             first, stop, size = 0, len(chain), -(-len(chain) // _MOST_STAGES)
         groups = tuple(chain[i : min(i + size, stop)] for i in range(first, stop, size))
         stages = _stages(timeline, facts, groups)
-    table = _Table(stages)
     seen: set[Forest] = set()
-    for forest in table.forests():
-        if forest and forest not in seen:
-            seen.add(forest)
-            yield forest
+    # A finer look at small memory, as far as slots of a stage's input can tell plans apart.
+    most = float(stages.saved.sum() + stages.inputs.sum() + np.ptp(stages.needs))
+    finest = float(np.median(stages.inputs)) * _NUM_SLOTS / 4
+    while True:
+        for forest in _Table(stages, most).forests():
+            if forest and forest not in seen:
+                seen.add(forest)
+                yield forest
+        if most <= finest or most < 1:
+            return
+        most /= _ZOOM
 
 
 def _longest_alike(stages: Stages) -> tuple[int, int]:
@@ -203,118 +210,109 @@ def _input_bytes(facts: Facts, span: Span) -> int:
 
 
 class _Table:
-    """The recurrences in slots of memory; see the module's docstring.
+    """The recurrences in slots of memory, up to `most` bytes; see the module's docstring.
 
     R(s, t, M) is tabulated over M - needs(t), the memory beyond the least: for stages that are
-    alike it then depends on the length t - s alone.
+    alike it then depends on the length t - s alone. After the last stage comes one more, which is
+    everything after the chain and is never recomputed.
     """
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: Stages, most: float) -> None:
         self.stages = stages
         self.num = len(stages.calls)
-        most = float(stages.saved.sum() + stages.inputs.sum() + np.ptp(stages.needs))
-        self.unit = self._unit(most)
-        self.slots = int(most / self.unit) + 2
-        self.inputs = np.rint(stages.inputs / self.unit).astype(np.int64)
-        self.kept = np.rint((stages.saved + np.append(stages.inputs[1:], 0.0)) / self.unit).astype(
-            np.int64
-        )
-        self.needs = np.rint((stages.needs - stages.needs.min()) / self.unit).astype(np.int64)
+        unit = _slot_bytes(stages, most)
+        self.slots = int(most / unit) + 2
+        self.inputs = _in_slots(np.append(stages.inputs, 0.0), unit)
+        self.kept = _in_slots(stages.saved + np.append(stages.inputs[1:], 0.0), unit)
+        self.needs = _in_slots(stages.needs - stages.needs.min(), unit)
         self.until = np.concatenate([[0.0], np.cumsum(stages.seconds)])
         self.by_length = stages.are_alike and self.num > _MOST_STAGES
-        self._known: dict[tuple[int, int], NDArray[np.float64]] = {}
-        self._choice: dict[tuple[int, int], NDArray[np.int16]] = {}
-        self._fill()
+        rows = self.num if self.by_length else self.num * self.num
+        self._costs = np.full((rows, self.slots), np.inf)
+        self._steps = np.zeros((rows, self.slots), dtype=np.int16)
+        self._top_costs = np.zeros((self.num + 1, self.slots))
+        self._top_steps = np.zeros((self.num + 1, self.slots), dtype=np.int16)
+        for length in range(self.num):
+            for s in [0] if self.by_length else range(self.num - length):
+                row = self._row(s, s + length)
+                self._costs[row], self._steps[row] = self._solve(s, s + length)
+        for s in range(self.num - 1, -1, -1):
+            self._top_costs[s], self._top_steps[s] = self._solve(s, self.num)
 
-    def _unit(self, most: float) -> float:
-        """Take a slot that divides a stage's input, so that what many stages hold adds up."""
-        rough = max(most / _NUM_SLOTS, 1.0)
-        inputs = self.stages.inputs[self.stages.inputs > 0]
-        if not len(inputs):
-            return rough
-        typical = float(np.median(inputs))
-        if typical >= rough:
-            return typical / max(1, round(typical / rough))
-        return rough if rough > 4 * typical else typical
+    def _row(self, s: int, t: int) -> int:
+        return t - s if self.by_length else s * self.num + t
 
-    # -- R(s, t, .) over the slots above needs(t) -------------------------------------------------
-
-    def _key(self, s: int, t: int) -> tuple[int, int]:
-        return (0, t - s) if self.by_length and t < self.num else (s, t)
-
-    def _fill(self) -> None:
-        if self.by_length:
-            for length in range(self.num):
-                self._solve(self.num - 1 - length, self.num - 1)
-        for t in range(self.num if not self.by_length else 0):
-            for s in range(t, -1, -1):
-                self._solve(s, t)
-        # The whole chain, with what comes after it as a last stage that is never recomputed.
-        for s in range(self.num, -1, -1):
-            self._solve(s, self.num)
-
-    def _shifted(self, s: int, t: int, less: int) -> NDArray[np.float64]:
-        """Return R(s, t, M - less) for the M of every slot of the table that asks."""
-        known = self._known[self._key(s, t)]
-        found = np.full(self.slots, np.inf)
-        if less <= 0:
-            found[: self.slots + less] = known[-less:]
-            found[self.slots + less :] = known[-1]
-        elif less < self.slots:
-            found[less:] = known[: self.slots - less]
-        return found
-
-    def _solve(self, s: int, t: int) -> None:
-        key = self._key(s, t)
-        if s == self.num:
-            self._known[key] = np.zeros(self.slots)
-            self._choice[key] = np.zeros(self.slots, dtype=np.int16)
-            return
-        base = int(self.needs[t])
-        enough = np.arange(self.slots) >= self.needs[s] - base
+    def _solve(self, s: int, t: int) -> tuple[NDArray[np.float64], NDArray[np.int16]]:
+        """Return R(s, t, .) and, where stages s..i-1 become a region, i - s, else 0."""
+        enough = np.arange(self.slots) >= self.needs[s] - self.needs[t]
         if s == t:
-            best = np.where(enough, 0.0, np.inf)
+            return np.where(enough, 0.0, np.inf), np.zeros(self.slots, dtype=np.int16)
+        places = np.arange(s + 1, t + 1)
+        if t == self.num:
+            right = self._top_costs[s + 1 :]
         else:
-            best = np.where(enough, self._shifted(s + 1, t, int(self.kept[s])), np.inf)
-        choice = np.zeros(self.slots, dtype=np.int16)
-        for i in range(s + 1, t + 1):
-            # The left part ends at stage i-1, whose needs may be more or less than those at t.
-            left = self._shifted(s, i - 1, int(self.needs[i - 1]) - base)
-            held = int(self.inputs[i]) if i < self.num else 0
-            cost = self._shifted(i, t, held) + left + (self.until[i] - self.until[s])
-            better = cost < best - 1e-15
-            best = np.where(better, cost, best)
-            choice[better] = i - s
-        self._known[key], self._choice[key] = best, choice
-
-    # -- plans ------------------------------------------------------------------------------------
+            right = self._costs[[self._row(i, t) for i in range(s + 1, t + 1)]]
+        left = self._costs[[self._row(s, i) for i in range(s, t)]]
+        # The left part ends at stage i-1, whose needs may be more or less than those at t.
+        costs = _less(right, self.inputs[places]) + _less(
+            left, self.needs[places - 1] - self.needs[t]
+        )
+        costs += (self.until[places] - self.until[s])[:, None]
+        keeping = np.where(enough, _less(right[:1], self.kept[s : s + 1])[0], np.inf)
+        costs = np.concatenate([keeping[None], costs])
+        steps = np.argmin(costs, axis=0)
+        return costs[steps, np.arange(self.slots)], steps.astype(np.int16)
 
     def forests(self) -> Iterator[Forest]:
         """Yield the plans of the whole chain at rising memory, where the cost changes."""
-        costs = self._known[(0, self.num)]
-        steps = [m for m in range(self.slots) if np.isfinite(costs[m])]
-        changes = [m for m in steps if m == steps[0] or costs[m] < costs[m - 1] - 1e-15]
+        costs = self._top_costs[0]
+        possible = np.flatnonzero(np.isfinite(costs))
+        changes = [
+            m for m in possible if m == possible[0] or costs[m] < costs[m - 1] * (1 - _ALIKE)
+        ]
         if len(changes) > _MOST_FORESTS:
             chosen = np.linspace(0, len(changes) - 1, _MOST_FORESTS)
             changes = [changes[round(i)] for i in chosen]
         for slot in changes:
-            yield self._forest(0, self.num, slot)
+            yield self._forest(0, self.num, int(slot))
 
     def _forest(self, s: int, t: int, slot: int) -> Forest:
         """Read the regions among stages s..t that R(s, t, M) chose; slot is M - needs(t)."""
         found: list[Span] = []
         while s < min(t + 1, self.num):
             index = min(slot, self.slots - 1)
-            step = int(self._choice[self._key(s, t)][index])
+            top = t == self.num
+            step = int(self._top_steps[s, index] if top else self._steps[self._row(s, t), index])
             if step == 0:
-                slot -= int(self.kept[s]) if s < t else 0
+                slot -= int(self.kept[s])
                 s += 1
                 continue
             i = s + step
-            inner_slot = slot - (int(self.needs[i - 1]) - int(self.needs[t]))
-            inside = self._forest(s, i - 1, inner_slot)
+            inside = self._forest(s, i - 1, slot - int(self.needs[i - 1] - self.needs[t]))
             calls = tuple(call for stage in self.stages.calls[s:i] for call in stage)
             found.append(Span(calls, inside))
-            slot -= int(self.inputs[i]) if i < self.num else 0
+            slot -= int(self.inputs[i])
             s = i
         return tuple(found)
+
+
+def _slot_bytes(stages: Stages, most: float) -> float:
+    """Take a slot that divides a stage's input, so that what many stages hold adds up."""
+    rough = max(most / _NUM_SLOTS, 1.0)
+    inputs = stages.inputs[stages.inputs > 0]
+    typical = float(np.median(inputs)) if len(inputs) else 0.0
+    if typical >= rough:
+        return typical / max(1, round(typical / rough))
+    return typical if 4 * typical >= rough else rough
+
+
+def _in_slots(sizes: NDArray[np.float64], unit: float) -> NDArray[np.int64]:
+    return np.rint(sizes / unit).astype(np.int64)
+
+
+def _less(rows: NDArray[np.float64], less: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return each row of costs as at so many slots less memory; infinite where there is none."""
+    slots = rows.shape[1]
+    places = np.arange(slots)[None, :] - less[:, None]
+    found = np.take_along_axis(rows, np.clip(places, 0, slots - 1), axis=1)
+    return np.where(places >= 0, found, np.inf)

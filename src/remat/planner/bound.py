@@ -13,12 +13,14 @@ an op runs again after it:
 4. An op that runs again after any cut runs again: r >= q, the same r for all cuts.
 The least sum of seconds * r, relaxed to fractions, bounds every plan that keeps the order of the
 program's ops, its own references, and autograd's releases, whatever it drops: single ops or whole
-regions, nested or run several times. Where a few large storages decide (small programmes), that r
-is whole is used as far as HiGHS' cuts at the root of its search go. Where inequality 2 is left out (storages of a few KiB,
-values before they were written in place), the bound is lower, and still holds. It leaves out the
-working set of recomputation itself, when within backward it happens, that ops run a second and
-third time, and what regions cost beside their ops. Programs that are changed, such as losses in
-slices, and tensors that move to the host, are other problems: it does not bound them.
+regions, nested or run several times. In small programmes, where a few large storages may decide,
+that r is whole is used as far as HiGHS' cuts at the root of its search go.
+
+Where inequality 2 is left out (storages of a few KiB, values before they were written in place),
+the bound is lower, and still holds. It leaves out the working set of recomputation itself, when in
+backward it happens, that ops run a second and third time, and what regions cost beside their ops.
+Programs that are changed, such as losses in slices, and tensors that move to the host, are other
+problems: it does not bound them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 
-from remat.planner.options import Option
 from remat.planner.rows import Linear, Row
 
 MIB = float(2**20)
@@ -34,14 +33,16 @@ class Result:
     work: int  # nodes of the search tree times nonzeros of the programme
 
 
-def cliques(options: Sequence[Option]) -> list[tuple[int, ...]]:
-    """Return the largest sets of options that run at one tick: of each, one can be chosen.
+def cliques(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, ...]]:
+    """Return the largest sets of intervals (their positions) that have a tick in common.
 
-    Intervals of ticks [start, end] exclude each other if they overlap, and those of a set that
-    overlap pairwise have a tick in common. Linear in the sum of the sets' sizes.
+    Options exclude each other if their ticks [start, end] overlap, so one of each set can be
+    chosen; sets of one are left out. Intervals that overlap pairwise share a tick (Helly), so that
+    every exclusion is in some set. Linear in the sum of the sets' sizes.
     """
-    events = [(option.start, 0, p) for p, option in enumerate(options)]
-    events += [(option.end, 1, p) for p, option in enumerate(options)]
+    events = []
+    for position, (start, end) in enumerate(intervals):
+        events += [(start, 0, position), (end, 1, position)]
     running: set[int] = set()
     has_grown = False
     found: list[tuple[int, ...]] = []
@@ -65,14 +66,13 @@ class Programme:
 
     def __init__(
         self,
-        options: Sequence[Option],
         costs: Sequence[float],
         exclusions: Sequence[tuple[int, ...]],
         rows: Iterable[Row],
         *,
         budget_bytes: int | None,
     ) -> None:
-        self._num_options = len(options)
+        self._num_options = len(costs)
         self._budget = budget_bytes
         self._scale = max(sum(costs), 1e-12)
         self._joins: dict[frozenset[Linear], int] = {}

@@ -8,6 +8,7 @@ rows is a relaxation, and its solution satisfies every row.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ _WINDOWS = 12  # most rows added between two solves, each from its own stretch o
 _GAPS = (1e-2, 1e-6)
 # Nodes of the search tree times nonzeros of the programme that one call may take: about 4 s on one
 # core. A limit on work and not on time, so that a loaded machine gives the same plan.
-_MOST_WORK = 12_000_000
+MOST_WORK = 12_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,8 @@ class Solver:
     """Solve one trace's timeline for budgets.
 
     The same call gives the same solution, whatever was solved before and however fast the machine
-    is, unless a search meets `time_limit_s`, the limit in seconds of one call's searches together.
+    is: a call ends after `most_work`, nodes of the search tree times nonzeros of the programme.
+    Only `time_limit_s`, the limit in seconds of one call's searches together, depends on the clock.
     """
 
     def __init__(
@@ -52,20 +54,24 @@ class Solver:
         timeline: Timeline,
         *,
         time_limit_s: float = 10.0,
+        most_work: int = MOST_WORK,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.timeline = timeline
         self.options = timeline.options
-        self._costs = [o.seconds + o.overhead_seconds for o in self.options]
-        self._cliques = cliques(self.options)
+        # To the picosecond: blocks that are alike differ in the last digits of their sums, and a
+        # choice must not look dearer for that.
+        self._costs = [round(o.seconds + o.overhead_seconds, 12) for o in self.options]
+        self._cliques = cliques((o.start, o.end) for o in self.options)
         self._builder = RowBuilder(timeline)
         self._rows: dict[int, Row] = {}
         self._time_limit_s = time_limit_s
+        self.most_work = most_work
         self._clock = clock
 
     def cost(self, chosen: Iterable[int]) -> float:
         """Return the seconds that recomputing the chosen options takes."""
-        return sum(self._costs[p] for p in sorted(chosen))
+        return math.fsum(self._costs[p] for p in chosen)
 
     def cheapest(
         self, budget_bytes: int, candidates: Iterable[frozenset[int]] = ()
@@ -98,7 +104,7 @@ class Solver:
             programme = self.programme(ticks, None)
             programme.start_from(best.chosen, best.peak_bytes)
             result = programme.solve(
-                relative_gap=_GAPS[-1], most_work=_MOST_WORK, time_limit_s=remaining
+                relative_gap=_GAPS[-1], most_work=self.most_work, time_limit_s=remaining
             )
             solves += 1
             if result.chosen is None:
@@ -131,7 +137,7 @@ class Solver:
             rows.append(
                 dataclasses.replace(row, constant=row.constant + tighter) if tighter else row
             )
-        return Programme(self.options, self._costs, self._cliques, rows, budget_bytes=budget_bytes)
+        return Programme(self._costs, self._cliques, rows, budget_bytes=budget_bytes)
 
     def measured(self, chosen: frozenset[int]) -> Solution:
         """Return a choice with its cost and peak, not yet compared with others."""
@@ -180,7 +186,7 @@ class _Search:
         self._slack: dict[int, int] = {}
         self._bound = 0.0
         self._solves = 0
-        self._work = _MOST_WORK
+        self._work = solver.most_work
         fitting = [s for s in map(solver.measured, candidates) if s.peak_bytes <= budget_bytes]
         self.best = min(fitting, key=lambda s: (s.seconds, s.peak_bytes), default=None)
 

@@ -59,12 +59,11 @@ def _passed(trace: StepTrace, before: Call, call: Call) -> tuple[int, int] | Non
     leaf, storage = result.tensors[0], result.storages[0]
     if any(not isinstance(name, tuple) for i, name in enumerate(result.names) if i != leaf):
         return None  # an object whose making the caller may see
-    places = [
-        i for i, (one, two) in enumerate(zip(given.names, now.names, strict=True)) if one != two
-    ]
-    if len(places) != 1 or now.names[places[0]] != result.names[leaf]:
+    places = [i for i, name in enumerate(now.names) if name == result.names[leaf]]
+    if len(places) != 1 or places[0] not in given.tensors:
         return None
-    if places[0] not in given.tensors or result.names[leaf] in given.names:
+    others = [i for i in range(len(now.names)) if i != places[0]]
+    if any(given.names[i] != now.names[i] for i in others):
         return None
     if storage not in call.results.storages and any(
         end > call.end for _, end in trace.storages[storage].intervals

@@ -7,9 +7,9 @@ input of stage s at hand and M bytes for what is held, backward through stages s
     R(s, t, M) = min( R(s+1, t, M - saved(s))                                  keep stage s
                       min over i in (s, t]: F(s, i) + R(i, t, M - input(i)) + R(s, i-1, M) )
 
-where F(s, i) runs stages s..i-1 again: these become one region, and what R(s, i-1, M) decides
-inside it, regions nested in it. Memory is counted in a few hundred slots, to the nearest; the
-timeline then tells the exact peak of each plan that is found.
+where F(s, i) runs stages s..i-1 again, up to the last tensor that is saved: these become one
+region, and what R(s, i-1, M) decides inside it, regions nested in it. Memory is counted in a few
+hundred slots, to the nearest; the timeline then tells the exact peak of each plan that is found.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ Forest = tuple[Span, ...]
 class Stages:
     """What the stages of a chain cost and take; a stage is one call or a group of them.
 
+    `seconds` are those of a whole stage, `last_seconds` up to the last tensor that it saves.
     `inputs` and `saved` are bytes, `needs` the least bytes in all, of the whole step, at which the
     stage's backward can run when nothing else of the chain is held; the last of the n + 1 `needs`
     is that of everything after the chain.
@@ -49,6 +50,7 @@ class Stages:
 
     calls: tuple[tuple[int, ...], ...]
     seconds: NDArray[np.float64]
+    last_seconds: NDArray[np.float64]
     inputs: NDArray[np.float64]
     saved: NDArray[np.float64]
     needs: NDArray[np.float64]
@@ -184,10 +186,17 @@ def _stages(timeline: Timeline, facts: Facts, groups: tuple[tuple[int, ...], ...
     return Stages(
         calls=groups,
         seconds=np.array([facts.seconds(*facts.ops(span)) for span in spans]),
+        last_seconds=np.array([_seconds_to_last(facts, span) for span in spans]),
         inputs=np.array([_input_bytes(facts, span) for span in spans], dtype=np.float64),
         saved=np.array(saved, dtype=np.float64),
         needs=np.array(needs),
     )
+
+
+def _seconds_to_last(facts: Facts, span: Span) -> float:
+    first_op, _ = facts.ops(span)
+    handles = facts.trace.handles[slice(*facts.handles(span))]
+    return facts.seconds(first_op, max((h.ops_before for h in handles), default=first_op))
 
 
 def _is_held(timeline: Timeline, storage: int, first: int, stop: int) -> bool:
@@ -257,7 +266,8 @@ class _Table:
         costs = _less(right, self.inputs[places]) + _less(
             left, self.needs[places - 1] - self.needs[t]
         )
-        costs += (self.until[places] - self.until[s])[:, None]
+        again = self.until[places - 1] - self.until[s] + self.stages.last_seconds[places - 1]
+        costs += again[:, None]
         keeping = np.where(enough, _less(right[:1], self.kept[s : s + 1])[0], np.inf)
         costs = np.concatenate([keeping[None], costs])
         steps = np.argmin(costs, axis=0)

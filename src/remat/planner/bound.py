@@ -40,8 +40,8 @@ _MIB = float(2**20)
 _NUM_CUTS = 16
 # Smaller storages are taken as alive whenever they are needed: they weigh nothing.
 _CRUMB_BYTES = 4096
-# Most storages looked at over all cuts: the programme's size, about a second on one core.
-_MOST_STORAGES = 60_000
+# Most storages looked at over all cuts: the programme's size, half a second on one core.
+_MOST_STORAGES = 8_000
 # Programmes with at most this many entries are also tightened by what whole numbers imply.
 _MOST_WHOLE = 12_000
 # The programme is solved to about seven digits: what is returned stays below its true optimum.

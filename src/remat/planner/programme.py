@@ -78,10 +78,14 @@ class Programme:
         self._joins: dict[frozenset[Linear], int] = {}
         self._highs = _quiet_highs()
         weight = 1.0 if budget_bytes is not None else 1e-4
-        for position, cost in enumerate(costs):
-            self._highs.addVar(0.0, 1.0)
-            self._highs.changeColIntegrality(position, highspy.HighsVarType.kInteger)
-            self._highs.changeColCost(position, weight * cost / self._scale)
+        # All at once: HiGHS looks through every column at each change.
+        num = self._num_options
+        columns = np.arange(num, dtype=np.int32)
+        self._highs.addVars(num, np.zeros(num), np.ones(num))
+        self._highs.changeColsIntegrality(
+            num, columns, np.full(num, int(highspy.HighsVarType.kInteger), dtype=np.uint8)
+        )
+        self._highs.changeColsCost(num, columns, weight / self._scale * np.array(costs))
         self._peak = -1
         if budget_bytes is None:
             self._peak = self._add_variable(highspy.kHighsInf)

@@ -82,10 +82,13 @@ class Solver:
         ---------
         candidates: choices known from elsewhere; the best that fits is the fallback if time ends.
         """
-        search = _Search(self, budget_bytes, [frozenset(), *candidates])
-        if search.best is not None and not search.best.chosen:
+        search = _Search(self, budget_bytes)
+        keep_all = self.timeline.curve(())
+        if keep_all.peak_bytes <= budget_bytes:
+            search.best = self.measured(frozenset())
             return search.ended(Outcome.OPTIMAL)
-        search.add_rows(self.timeline.curve(()))
+        search.add_rows(keep_all)
+        search.start_from(candidates)
         for gap in _GAPS:
             solution = search.run(gap)
             if solution is None or solution.outcome is not Outcome.OPTIMAL:
@@ -94,8 +97,7 @@ class Solver:
 
     def least_peak(self, candidates: Iterable[frozenset[int]] = ()) -> Solution:
         """Return the choice with the lowest peak that was found."""
-        tried = [self.measured(c) for c in (frozenset(), *candidates)]
-        best = min(tried, key=lambda s: (s.peak_bytes, s.seconds))
+        best = self._least_of((frozenset(), *candidates))
         ticks = {tick for tick, _ in self.violations(self.timeline.curve(()), best.peak_bytes)}
         deadline = self._clock() + self._time_limit_s
         solves = 0
@@ -110,7 +112,7 @@ class Solver:
             if result.chosen is None:
                 break
             curve = self.timeline.curve(result.chosen)
-            found = self.measured(result.chosen)
+            found = self.measured(result.chosen, curve)
             if (found.peak_bytes, found.seconds) < (best.peak_bytes, best.seconds):
                 best = found
             if best.peak_bytes <= result.bound * MIB * (1 + 1e-4):
@@ -124,27 +126,52 @@ class Solver:
             ticks |= fresh
         return dataclasses.replace(best, outcome=outcome, num_rows=len(ticks), num_solves=solves)
 
+    def _least_of(self, candidates: Iterable[frozenset[int]]) -> Solution:
+        """Return the candidate with the lowest peak, looking at no more curves than needed."""
+        ticks = [tick for tick, _ in self.violations(self.timeline.curve(()), 0)]
+        ranked = sorted((self.least_bytes(c, ticks), self.cost(c), sorted(c)) for c in candidates)
+        best = self.measured(frozenset(ranked[0][2]))
+        for least, _, chosen in ranked[1:]:
+            if least >= best.peak_bytes:
+                break
+            found = self.measured(frozenset(chosen))
+            best = min(best, found, key=lambda s: (s.peak_bytes, s.seconds))
+        return best
+
+    def least_bytes(self, chosen: frozenset[int], ticks: Iterable[int]) -> int:
+        """Bound the peak of a choice from below by the rows of some ticks, without its curve.
+
+        What is joined in a row is left out: it adds bytes or none.
+        """
+        rows = map(self.row, ticks)
+        return max(row.constant + sum(row.coefficients.get(p, 0) for p in chosen) for row in rows)
+
+    def row(self, tick: int) -> Row:
+        """Return the row of a tick; each is written once."""
+        known = self._rows.get(tick)
+        if known is None:
+            known = self._rows[tick] = self._builder.row(tick)
+        return known
+
     def programme(
         self, ticks: Iterable[int], budget_bytes: int | None, slack: dict[int, int] | None = None
     ) -> Programme:
         """Write the programme with the rows of these ticks, tighter by `slack` bytes of a tick."""
         rows = []
         for tick in sorted(ticks):
-            row = self._rows.get(tick)
-            if row is None:
-                row = self._rows[tick] = self._builder.row(tick)
+            row = self.row(tick)
             tighter = (slack or {}).get(tick, 0)
             rows.append(
                 dataclasses.replace(row, constant=row.constant + tighter) if tighter else row
             )
         return Programme(self._costs, self._cliques, rows, budget_bytes=budget_bytes)
 
-    def measured(self, chosen: frozenset[int]) -> Solution:
+    def measured(self, chosen: frozenset[int], curve: Curve | None = None) -> Solution:
         """Return a choice with its cost and peak, not yet compared with others."""
         return Solution(
             chosen=chosen,
             seconds=self.cost(chosen),
-            peak_bytes=self.timeline.curve(chosen).peak_bytes,
+            peak_bytes=(curve or self.timeline.curve(chosen)).peak_bytes,
             outcome=Outcome.FEASIBLE,
             bound_seconds=0.0,
             num_rows=0,
@@ -174,9 +201,8 @@ class Solver:
 class _Search:
     """One call's search: the rows found so far, the best choice, and one limit of time."""
 
-    def __init__(
-        self, solver: Solver, budget_bytes: int, candidates: Iterable[frozenset[int]]
-    ) -> None:
+    def __init__(self, solver: Solver, budget_bytes: int) -> None:
+        self.best: Solution | None = None
         self._solver = solver
         self._budget = budget_bytes
         self._remaining = solver.deadline()
@@ -186,8 +212,18 @@ class _Search:
         self._bound = 0.0
         self._solves = 0
         self._work = solver.most_work
-        fitting = [s for s in map(solver.measured, candidates) if s.peak_bytes <= budget_bytes]
-        self.best = min(fitting, key=lambda s: (s.seconds, s.peak_bytes), default=None)
+
+    def start_from(self, candidates: Iterable[frozenset[int]]) -> None:
+        """Take the cheapest candidate that fits as the best so far."""
+        by_cost = sorted((self._solver.cost(c), sorted(c)) for c in candidates)
+        for _, positions in by_cost:
+            chosen = frozenset(positions)
+            if self._solver.least_bytes(chosen, self._ticks) > self._budget:
+                continue
+            found = self._solver.measured(chosen)
+            if found.peak_bytes <= self._budget:
+                self.best = found
+                return
 
     def add_rows(self, curve: Curve) -> None:
         """Ask for the budget wherever a curve is above it."""
@@ -222,7 +258,7 @@ class _Search:
             if curve.peak_bytes > self._budget:
                 self.add_rows(curve)
                 continue
-            found = self._solver.measured(result.chosen)
+            found = self._solver.measured(result.chosen, curve)
             if self.best is None or found.seconds < self.best.seconds:
                 self.best = found
             if result.is_cut_short:

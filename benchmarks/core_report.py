@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.runner import Data, where
+
 # Any: results are JSON.
-Data = dict[str, Any]
 
 _MIB = 1024**2
 _CONVOLUTIONAL = ("resnet50", "convnext", "unet")
@@ -128,7 +129,7 @@ def _misses(row: Data) -> bool:
 
 def markdown(results: Data) -> str:
     """Write the results as a page."""
-    lines = ["# Core benchmark", "", _where(results), "", _LEGEND, "", "## Scores", ""]
+    lines = ["# Core benchmark", "", where(results), "", _LEGEND, "", "## Scores", ""]
     lines += _table(
         ("model", "within budget", "largest error", "identical", "dearer than a policy",
          "not monotone", "slowest plan", "open"),
@@ -166,18 +167,6 @@ _LEGEND = (
     "device `cpu`. A plan is dearer than a policy if its estimated seconds, with what regions add, "
     "are more. Verified with dropout on: loss, gradients, buffers, random state, bit for bit."
 )
-
-
-def _where(results: Data) -> str:
-    where = results["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    changed = " with changes" if where["git_dirty"] else ""
-    return (
-        f"{where['processor']}, {where['num_cores']} cores, {where['num_threads']} threads per "
-        f"process; Python {where['python']}, {versions}; commit "
-        f"{(where['git_commit'] or 'unknown')[:12]}{changed}; {results['date']}; "
-        f"`{where['command']}`."
-    )
 
 
 def _abstract_sentence(abstract: Data) -> str:

@@ -286,7 +286,7 @@ class MLPBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, inner)
         self.down = nn.Linear(inner, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = _dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the MLP of the normalized input."""
@@ -301,7 +301,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = _dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend from each token to all."""
@@ -311,6 +311,11 @@ class SelfAttention(nn.Module):
         weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
         mixed = (self.dropout(weights) @ v).transpose(1, 2).reshape(batch, tokens, width)
         return self.out(mixed)
+
+
+def _dropout(dropout: float) -> nn.Module:
+    """Leave dropout out where it is zero: tracing compilers copy what passes through one."""
+    return nn.Dropout(dropout) if dropout else nn.Identity()
 
 
 class PreNormBlock(nn.Module):

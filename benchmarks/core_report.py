@@ -130,7 +130,7 @@ def _misses(row: Data) -> bool:
 def markdown(results: Data) -> str:
     """Write the results as a page."""
     lines = ["# Core benchmark", "", where(results), "", _LEGEND, "", "## Scores", ""]
-    lines += _table(
+    lines += table(
         ("model", "within budget", "largest error", "identical", "dearer than a policy",
          "not monotone", "slowest plan", "open"),
         (
@@ -212,7 +212,7 @@ def _model_section(model: Data) -> list[str]:
     if model["times"]:
         spoken = (f"{name} {_step_time(value)}" for name, value in model["times"].items())
         lines.append(f"Step time, median and interquartile range: {', '.join(spoken)}.")
-    lines += ["", *_table([*headings, *(["step time"] if timed else [])], body)]
+    lines += ["", *table([*headings, *(["step time"] if timed else [])], body)]
     return lines
 
 
@@ -243,10 +243,10 @@ def _targets_section(models: list[Data]) -> list[str]:
         "model", "asked MiB", "+ workspace", "its best fixed policy", "its blocks + sub-modules",
         "ours", "ours at its prices", "",
     )  # fmt: skip
-    return ["", "## The prototype's budgets", "", spoken, "", *_table(headings, rows)]
+    return ["", "## The prototype's budgets", "", spoken, "", *table(headings, rows)]
 
 
-def _table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+def table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
     names = list(headings)
     return [
         "| " + " | ".join(names) + " |",

@@ -30,6 +30,7 @@ from benchmarks.peer_step import (
     spread,
     step_seconds,
 )
+from benchmarks.peers_report import SAME_PEAK_BYTES
 from benchmarks.rotor import (
     Rotor,
     Scheduled,
@@ -39,6 +40,7 @@ from benchmarks.rotor import (
     plan_as_data,
     plan_from_data,
     seconds_again,
+    seconds_stopped,
 )
 from benchmarks.runner import Data, path_of, read, read_if_there, write
 from benchmarks.shapes import Case
@@ -124,10 +126,11 @@ def ours_plan(model: str, arguments: argparse.Namespace) -> list[Data]:
     done: list[int] = []
     for peak in sorted(peaks):
         # Peaks that agree to a thousandth are one: ours then keeps the lower of them.
-        if peak < fit.keep_all_peak_bytes and (not done or peak > done[-1] * 1.001):
-            done.append(peak)
-            rows.append(_asked(fit, peak, "peer's peak"))
-    return rows
+        budget = peak + SAME_PEAK_BYTES
+        if budget < fit.keep_all_peak_bytes and (not done or budget > done[-1] * 1.001):
+            done.append(budget)
+            rows.append(_asked(fit, budget, "peer's peak"))
+    return [*rows, _asked(fit, fit.keep_all_peak_bytes, "keep everything")]
 
 
 def ours(model: str, arguments: argparse.Namespace) -> list[Data]:
@@ -290,7 +293,8 @@ def rotor_plan(model: str, arguments: argparse.Namespace) -> list[Data]:
                 "setting": "budget",
                 "asked_bytes": int(memory) + outside,
                 "predicted_bytes": peak_of(stages, plan) + outside,
-                "fraction": seconds_again(stages, plan) / fit.cost.forward_seconds,
+                "fraction": (seconds_again(stages, plan) - seconds_stopped(stages, plan))
+                / fit.cost.forward_seconds,
                 "seconds": seconds,
                 "plan_s": table_s,
                 "slot_bytes": slot,

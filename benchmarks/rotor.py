@@ -35,7 +35,9 @@ class Stage:
     of the output. The working sets come beside these: `forward_working` of a forward step that
     saves nothing, `saving_working` of one that saves, `backward_working` of the backward step, its
     result and the gradients of its parameters included. `kept` is what the backward step leaves
-    for the rest of the step: the gradients of its parameters.
+    for the rest of the step: the gradients of its parameters. `stopped` are the seconds at its end
+    that torch leaves out where a recomputation ends with it, since nothing after is saved; the
+    programme does not know of them.
     """
 
     seconds: float
@@ -46,6 +48,7 @@ class Stage:
     saving_working: int = 0
     backward_working: int = 0
     kept: int = 0
+    stopped: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +177,17 @@ def seconds_again(stages: Sequence[Stage], plan: Plan) -> float:
     )
 
 
+def seconds_stopped(stages: Sequence[Stage], plan: Plan) -> float:
+    """Return the forward seconds that torch leaves out by stopping each recomputation early."""
+    total = 0.0
+    for part in plan:
+        if isinstance(part, Redo):
+            last = part.inner[-1]
+            total += stages[last.stage].stopped if isinstance(last, Keep) else 0.0
+            total += seconds_stopped(stages, part.inner)
+    return total
+
+
 # -- a chain of torch -------------------------------------------------------------------------
 
 
@@ -232,6 +246,9 @@ def chain_stages(
                 saving_working=max(0, most - saved[number]),
                 backward_working=max(0, need - saved[number] - outputs[number]),
                 kept=kept[number],
+                stopped=sum(
+                    cost.op_seconds[max(h.ops_before for h in handles[number]) : call.stop_op]
+                ),
             )
         )
     most = int(alive[calls[-1].end : begins[-1]].max()) - held[-2]

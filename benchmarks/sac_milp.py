@@ -143,9 +143,7 @@ def _faked(real: Case) -> Case:
     for module in real.model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(
-                    _fake(parameter.detach()), parameter.requires_grad
-                )
+                module._parameters[name] = nn.Parameter(_fake(parameter), parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _fake(buffer)

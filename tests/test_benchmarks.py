@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import remat
+from benchmarks import checkmate, scaling
 from benchmarks.compiled import as_data, compiled, memory_budget
 from benchmarks.peer_step import Reference, examine
 from benchmarks.peers_report import equal_peak, findings, score
@@ -104,3 +107,50 @@ def test_stages_run_and_agree_with_each_other(tmp_path: Path) -> None:
     assert all(one["verdict"]["identical"] for one in rows), json.dumps(rows, indent=1)
     assert rows[0]["fraction"] > rows[1]["fraction"] > 0
     assert rows[0]["measured_bytes"] < rows[1]["measured_bytes"]
+
+
+def test_checkmates_static_model_gives_the_published_batches() -> None:
+    """One accounting gives exactly the 167 of storing all, the other exactly the optimum of 289."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in checkmate.flat_vgg19(batch=1).model.parameters())
+    assert parameters == 143_667_240  # VGG19 as published
+    twice, once = (checkmate.by_their_model(a, parameters) for a in checkmate.ACCOUNTINGS)
+    assert twice["no schedule above"] == checkmate.PUBLISHED["optimum"]
+    assert once["store all"] == checkmate.PUBLISHED["store all"]
+
+
+@pytest.mark.slow
+def test_vgg19_reaches_checkmates_optimum() -> None:
+    """The published optimum's batch fits 16 GB for much less than a forward; one more does not."""
+    accounting = checkmate.ACCOUNTINGS[0]
+    for batch, fits in ((289, True), (290, False)):
+        with torch.device("meta"):
+            case = checkmate.staged_vgg19(batch=batch)
+        fit = checkmate.StaticFit(
+            case.model, case.batch, loss=case.loss, optimizer=None, device=checkmate.FLOPS_ONLY
+        )
+        budget = checkmate.our_budget(accounting, case, 143_667_240)
+        if fits:
+            assert fit.plan(budget).recompute_fraction < 0.2
+        else:
+            with pytest.raises(remat.BudgetError):
+                fit.plan(budget)
+
+
+def test_exponents_are_those_of_powers() -> None:
+    """A square root has exponent one half, whatever its factor."""
+    depths = [25, 50, 100, 800]
+    assert scaling.fitted_exponent(depths, [3 * n**0.5 for n in depths]) == pytest.approx(0.5)
+    assert scaling.fitted_exponent(depths, [7 * n for n in depths]) == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "depth"), [("chain", 4), ("llama", 2), ("resnet1202", 20)])
+def test_scaling_plans_each_kind_of_model(kind: str, depth: int) -> None:
+    """A point notes what planning took, and a least plan below keeping everything."""
+    row = scaling.point(kind, depth)
+    assert row["least_peak_bytes"] <= row["keep_all_bytes"]
+    assert row["least_activation_bytes"] > 0
+    assert min(row["seconds"].values()) >= 0
+    assert row["python_bytes"] > 0
+    assert scaling.exponents([row]) == []

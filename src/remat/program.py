@@ -16,14 +16,14 @@ from remat.cost.workspace import measure_workspace
 from remat.planner.blocks import find_blocks
 from remat.planner.options import Option, find_options
 from remat.planner.policies import AbstractPolicy, simple_policies
-from remat.planner.records import Outcome, Region
+from remat.planner.records import Outcome, Region, Rewrite
 from remat.planner.solver import Solution, Solver
 from remat.planner.timeline import Timeline
 from remat.prove.records import Simulation
 from remat.prove.simulate import summarize
 from remat.regions.apply import install, remove
 from remat.trace.capture import capture
-from remat.trace.records import OpSignature
+from remat.trace.records import OpSignature, StepTrace
 from remat.trace.step import Loss, OptimizerLike
 from remat.units import format_bytes, format_seconds
 
@@ -49,22 +49,24 @@ class Step:
 
 
 class Program:
-    """One trace of a step, from which choices of regions for any number of budgets are made."""
+    """One trace of a step, from which choices of regions for any number of budgets are made.
+
+    With `rewrites` on the model, the step is another program, with a trace of its own.
+    """
 
     def __init__(
         self,
         step: Step,
         *,
+        rewrites: tuple[Rewrite, ...] = (),
         device: Device | str | None,
         cost: CostModel | None,
         time_limit_s: float,
         report: Report,
     ) -> None:
-        self._step, self._report = step, report
+        self._step, self._report, self.rewrites = step, report, rewrites
         self._report("tracing one training step", 0.0)
-        self.trace = capture(
-            step.model, step.batch, loss=step.loss, optimizer=step.optimizer
-        )  # fmt: skip
+        self.trace = self._captured((), drop_saved=True)
         self._report("pricing ops", 0.3)
         self.workspace, self.is_workspace_known = self._kernel_workspace()
         if cost is None:
@@ -145,15 +147,20 @@ class Program:
     def simulate(self, chosen: Iterable[int]) -> Simulation:
         """Run the step under fake tensors with the choice applied."""
         self._report("simulating the plan", 0.8)
+        regions = tuple(self.options[p].region() for p in sorted(chosen))
+        trace = self._captured(regions, drop_saved=False)
+        return summarize(trace, self._workspace_of(trace.signatures))
+
+    def _captured(self, regions: tuple[Region, ...], *, drop_saved: bool) -> StepTrace:
         step = self._step
-        install(step.model, tuple(self.options[p].region() for p in sorted(chosen)))
+        install(step.model, regions, self.rewrites)
         try:
-            trace = capture(
-                step.model, step.batch, loss=step.loss, optimizer=step.optimizer, drop_saved=False
-            )
+            return capture(
+                step.model, step.batch, loss=step.loss, optimizer=step.optimizer,
+                drop_saved=drop_saved,
+            )  # fmt: skip
         finally:
             remove(step.model)
-        return summarize(trace, self._workspace_of(trace.signatures))
 
     def needed(self, simulation: Simulation) -> int:
         """Return the least budget that a simulated plan fits, its margin included."""

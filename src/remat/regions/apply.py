@@ -10,8 +10,9 @@ from torch import nn
 from typing_extensions import Self
 
 from remat.errors import ApplyError, PlanMismatchError
-from remat.planner.records import Plan, Region
+from remat.planner.records import Plan, Region, Rewrite
 from remat.regions.fingerprint import check_model_matches
+from remat.regions.rewrites import install_rewrite, remove_rewrite, rewrite_on
 from remat.regions.runtime import RegionRuntime, StepClock, region_forward
 from remat.trace.step import check_model
 
@@ -63,7 +64,7 @@ def apply(model: nn.Module, plan: Plan) -> Handle:
     check_model(model)
     check_plan(plan)
     check_model_matches(model, plan.fingerprint)
-    install(model, plan.regions)
+    install(model, plan.regions, plan.rewrites)
     return Handle(model, plan)
 
 
@@ -83,23 +84,25 @@ def check_plan(plan: Any) -> None:
 
 def is_applied(model: nn.Module) -> bool:
     """Whether a plan is on the model."""
-    return any(_runtime(module) is not None for module in model.modules())
+    return any(_runtime(m) is not None or rewrite_on(m) is not None for m in model.modules())
 
 
 def remove(model: nn.Module) -> None:
     """Take any plan off a model, also off a copy of one that has a handle."""
     for module in model.modules():
         runtime = _runtime(module)
-        if runtime is None:
-            continue
-        if runtime.replaced is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = runtime.replaced
+        if runtime is not None:
+            if runtime.replaced is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = runtime.replaced
+        remove_rewrite(module)  # a region lies around it
 
 
-def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
-    """Put regions onto a model; `remove` takes them off."""
+def install(
+    model: nn.Module, regions: tuple[Region, ...], rewrites: tuple[Rewrite, ...] = ()
+) -> None:
+    """Put rewrites onto a model, and regions around them; `remove` takes both off."""
     if is_applied(model):
         raise ApplyError(
             "a plan is on this model already: call handle.remove() before applying another."
@@ -110,6 +113,12 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
     for region in regions:
         by_module.setdefault(region.module, []).append(region)
     _check_regions(regions, modules, buffers)
+    try:
+        for rewrite in rewrites:
+            install_rewrite(modules, rewrite)
+    except PlanMismatchError:
+        remove(model)
+        raise
     clock = StepClock()
     for name, chosen in by_module.items():
         module = modules[name]

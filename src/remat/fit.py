@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def frontier(
     """Return plans at evenly spaced budgets from the least reachable to the keep-everything peak.
 
     Ordered by budget, without duplicates: the Pareto front of bytes against seconds. See `plan` for
-    the arguments.
+    the arguments. With `chunks=None` the least is that of recomputation alone.
     """
     fit = Fit(
         model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost, chunks=chunks,
@@ -207,7 +207,8 @@ class Fit:
 
     def frontier(self, points: int) -> list[Plan]:
         """Return the Pareto front; see `remat.frontier`."""
-        low, _ = self._least()
+        programs = self._programs() if self._chunks else (self.plain,)
+        low, _ = _least(programs)
         plans: list[Plan] = []
         for number, budget in enumerate(
             np.linspace(low, max(low, self.keep_all_peak_bytes), max(points, 1))
@@ -249,18 +250,10 @@ class Fit:
                 if self._chunks is None:
                     break
         if not solved:
-            needed, least = self._least()
+            needed, least = _least(self._programs())
             raise BudgetError(budget_bytes, needed, least.breakdown)
         program, (solution, simulation) = min(solved, key=lambda s: _seconds(s[0], s[1][0]))
         return program, solution, simulation
-
-    def _least(self) -> tuple[int, Simulation]:
-        """Return the least budget that any program fits, and its simulation."""
-        least = []
-        for program in self._programs():
-            simulation = program.least_peak()[1]
-            least.append((program.needed(simulation), simulation))
-        return min(least, key=lambda item: item[0])
 
     # -- the record -------------------------------------------------------------------------------
 
@@ -323,6 +316,12 @@ class Fit:
 def _seconds(program: Program, solution: Solution) -> float:
     """Return the estimated time of a step of one program under one choice."""
     return program.cost.step_seconds + solution.seconds
+
+
+def _least(programs: Iterable[Program]) -> tuple[int, Simulation]:
+    """Return the least budget that any of the programs fits, and its simulation."""
+    simulated = [(program, program.least_peak()[1]) for program in programs]
+    return min(((p.needed(s), s) for p, s in simulated), key=lambda item: item[0])
 
 
 def _decisions(plan: Plan) -> tuple[tuple[Region, ...], tuple[Rewrite, ...]]:

@@ -35,13 +35,22 @@ from remat.regions.sliced_loss import SlicedLoss
 _log = logging.getLogger(__name__)
 
 
+@dataclass
+class SlicedHead:
+    """A module whose logits wait for their loss; what it has to warn of is said once."""
+
+    name: str
+    num_slices: int
+    has_warned: bool = False
+
+
 class HeadCall:
     """One call of a sliced head: what its logits follow from, and the lazy tensors made of it."""
 
     def __init__(
-        self, name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, num_slices: int
+        self, head: SlicedHead, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> None:
-        self.name, self.num_slices = name, num_slices
+        self.head = head
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.head_dtype: torch.dtype | None = None
         if torch.is_autocast_enabled(hidden.device.type):
@@ -64,10 +73,11 @@ class HeadCall:
         """Compute the logits, and with them every lazy tensor that is alive; Rule 2."""
         self.check_unchanged()
         self.is_real = True
-        if not isinstance(self.hidden, FakeTensor):
+        if not (self.head.has_warned or isinstance(self.hidden, FakeTensor)):
+            self.head.has_warned = True
             _log.warning(
                 "the logits of %r were needed by %s: they were computed whole, not in slices.",
-                self.name, reason,
+                self.head.name, reason,
             )  # fmt: skip
         for reference in self._members:
             member = reference()
@@ -78,9 +88,9 @@ class HeadCall:
         """Refuse to compute logits from what has been written to since the call; Rule 3."""
         if self._versions != self._present_versions():
             raise ApplyError(
-                f"the logits of {self.name!r} are needed after its input or weight was changed in "
-                "place (by an optimizer step, for example), and with this plan they are computed "
-                "only now: read them earlier, or plan with chunks=False."
+                f"the logits of {self.head.name!r} are needed after its input or weight was "
+                "changed in place (by an optimizer step, for example), and with this plan they are "
+                "computed only now: read them earlier, or plan with chunks=False."
             )
 
     def _present_versions(self) -> list[int]:
@@ -386,7 +396,7 @@ def _cross_entropy(
         return None
     call.check_unchanged()
     how = SlicedLoss(
-        num_slices=call.num_slices, head_dtype=call.head_dtype, casts=casts,
+        num_slices=call.head.num_slices, head_dtype=call.head_dtype, casts=casts,
         ignore_index=ignore_index, is_mean=reduction == "mean",
         label_smoothing=float(label_smoothing),
     )  # fmt: skip
@@ -435,17 +445,14 @@ _RULES: dict[Any, Callable[..., _Form | Tensor | None]] = {
 }
 
 
-def lazy_logits(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, num_slices: int
-) -> Tensor:
+def lazy_logits(head: SlicedHead, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the logits `hidden @ weight.T + bias`, not computed yet.
 
     Example
     -------
     ```python
-    logits = lazy_logits("lm_head", hidden, head.weight, head.bias, num_slices=8)
+    logits = lazy_logits(SlicedHead("lm_head", 8), hidden, head.weight, head.bias)
     loss = F.cross_entropy(logits.view(-1, classes), labels.view(-1))  # in eight slices
     ```
     """
-    call = HeadCall(name, hidden, weight, bias, num_slices)
-    return LazyLogits.of(call, _Form(hidden))
+    return LazyLogits.of(HeadCall(head, hidden, weight, bias), _Form(hidden))

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from remat.errors import PlanMismatchError
 from remat.planner.records import Rewrite
-from remat.regions.lazy_logits import lazy_logits
+from remat.regions.lazy_logits import SlicedHead, lazy_logits
 
 # Any: a module's arguments and results are the user's own.
 
@@ -25,8 +25,7 @@ Forward = Callable[..., Any]
 class HeadRuntime:
     """How a sliced head is run; `replaced` is a forward that the instance already had."""
 
-    name: str
-    num_slices: int
+    head: SlicedHead
     replaced: Forward | None
 
 
@@ -57,7 +56,8 @@ def install_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
             f"{type(module).__name__} or has a forward of its own. Make the plan again with "
             "remat.plan."
         )
-    runtime = HeadRuntime(rewrite.module, rewrite.num_slices, module.__dict__.get("forward"))
+    head = SlicedHead(rewrite.module, rewrite.num_slices)
+    runtime = HeadRuntime(head, module.__dict__.get("forward"))
     module.__dict__["forward"] = functools.partial(head_forward, module, runtime)
 
 
@@ -87,9 +87,7 @@ def head_forward(module: nn.Module, runtime: HeadRuntime, *args: Any, **kwargs: 
     weight: Any = module.weight  # Any: `nn.Module` types its attributes so
     bias: Any = module.bias
     if not kwargs and len(args) == 1 and _can_be_lazy(args[0], weight, bias):
-        rows = args[0].numel() // args[0].shape[-1]
-        slices = min(runtime.num_slices, rows)
-        return lazy_logits(runtime.name, args[0], weight, bias, slices)
+        return lazy_logits(runtime.head, args[0], weight, bias)
     forward = runtime.replaced or types.MethodType(type(module).forward, module)
     return forward(*args, **kwargs)
 

@@ -21,7 +21,11 @@ from remat.program import UNKNOWN_WORKSPACE_MARGIN, Program, Step
 from remat.prove.records import Simulation
 from remat.regions.apply import Handle, apply, is_applied
 from remat.regions.fingerprint import fingerprint
-from remat.rewriting import rewrite_notes, sliced_programs
+from remat.rewriting.programs import (
+    rewrite_notes,
+    with_sliced_blocks,
+    with_sliced_heads,
+)
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike, check_model
 from remat.units import format_bytes, parse_budget
 
@@ -58,7 +62,8 @@ def plan(
     cost: prices of ops instead, for example measured ones (`remat.measure_cost`).
     chunks: whether a projection to classes and its cross entropy may run in slices, which gives up
         bit identity for order of summation: `None` where the budget cannot be met otherwise, `True`
-        wherever that is cheaper, `False` never.
+        wherever that is cheaper, `False` never. Unless `False`, the last resort is to run every
+        block in slices of the batch.
     time_limit_s: longest search; the best plan found by then is returned as `timed_out`.
     progress: called with what is being done and the share done, 0 to 1.
 
@@ -180,6 +185,7 @@ class Fit:
         self._make = make
         self.plain = make(())
         self._rewritten: tuple[Program, ...] | None = None
+        self._last_resort: tuple[Program, ...] | None = None
         self._seconds = time.monotonic() - started
 
     @property
@@ -207,8 +213,7 @@ class Fit:
 
     def frontier(self, points: int) -> list[Plan]:
         """Return the Pareto front; see `remat.frontier`."""
-        programs = self._programs() if self._chunks else (self.plain,)
-        low, _ = _least(programs)
+        low, _ = _least((self.plain, *self.rewritten) if self._chunks else (self.plain,))
         plans: list[Plan] = []
         for number, budget in enumerate(
             np.linspace(low, max(low, self.keep_all_peak_bytes), max(points, 1))
@@ -227,13 +232,28 @@ class Fit:
         if self._rewritten is None:
             self._rewritten = ()
             if self._chunks is not False:
-                self._rewritten = sliced_programs(self.plain, self._step.model, self._make)
+                self._rewritten = with_sliced_heads(self.plain, self._step, self._make)
         return self._rewritten
 
-    def _programs(self) -> Iterator[Program]:
-        """Yield the plain program, then those that are only traced if it does not suffice."""
-        yield self.plain
-        yield from self.rewritten
+    @property
+    def last_resort(self) -> tuple[Program, ...]:
+        """The programs with blocks in slices of the batch, which recompute them all."""
+        if self._last_resort is None:
+            self._last_resort = ()
+            if self._chunks is not False:
+                self._last_resort = with_sliced_blocks(
+                    self.plain, self.rewritten, self._step, self._make
+                )
+        return self._last_resort
+
+    def _stages(self) -> Iterator[tuple[Program, ...]]:
+        """Yield programs that compete; the next are only traced where these do not suffice."""
+        if self._chunks:
+            yield (self.plain, *self.rewritten)
+        else:
+            yield (self.plain,)
+            yield self.rewritten
+        yield self.last_resort
 
     def _solve(self, budget_bytes: int) -> tuple[Program, Solution, Simulation]:
         """Return the program and choice of the least time within a budget; the plain one first.
@@ -242,18 +262,13 @@ class Fit:
         ------
         BudgetError: if no program that is allowed reaches it.
         """
-        solved: list[tuple[Program, tuple[Solution, Simulation]]] = []
-        for program in self._programs():
-            found = program.solve(budget_bytes)
-            if found is not None:
-                solved.append((program, found))
-                if self._chunks is None:
-                    break
-        if not solved:
-            needed, least = _least(self._programs())
-            raise BudgetError(budget_bytes, needed, least.breakdown)
-        program, (solution, simulation) = min(solved, key=lambda s: _seconds(s[0], s[1][0]))
-        return program, solution, simulation
+        for programs in self._stages():
+            found = [(program, program.solve(budget_bytes)) for program in programs]
+            solved = [(program, *result) for program, result in found if result is not None]
+            if solved:
+                return min(solved, key=lambda item: _seconds(item[0], item[1]))
+        needed, least = _least(p for programs in self._stages() for p in programs)
+        raise BudgetError(budget_bytes, needed, least.breakdown)
 
     # -- the record -------------------------------------------------------------------------------
 

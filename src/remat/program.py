@@ -16,7 +16,7 @@ from remat.cost.workspace import measure_workspace
 from remat.planner.blocks import find_blocks
 from remat.planner.options import Option, find_options
 from remat.planner.policies import AbstractPolicy, simple_policies
-from remat.planner.records import Outcome, Region, Rewrite
+from remat.planner.records import Outcome, Region, Rewrite, RewriteKind
 from remat.planner.solver import Solution, Solver
 from remat.planner.timeline import Timeline
 from remat.prove.records import Simulation
@@ -79,7 +79,9 @@ class Program:
         self.cost = cost_step(self.trace, self.cost_model)
         blocks = find_blocks(self.trace)
         found = find_options(self.trace, self.cost, keep=frozenset(blocks))
-        self.options: tuple[Option, ...] = found.options
+        self.options: tuple[Option, ...] = tuple(
+            option for option in found.options if not self._holds_slices(option.module)
+        )
         self.hazards = found.hazards
         self.timeline = Timeline(self.trace, self.cost, self.options)
         self.solver = Solver(self.timeline, time_limit_s=time_limit_s)
@@ -96,6 +98,15 @@ class Program:
     def keep_all_peak_bytes(self) -> int:
         """Peak of the step when nothing is recomputed."""
         return self._keep_all.peak_bytes
+
+    def _holds_slices(self, module: str) -> bool:
+        """Whether a module is, or contains, one that recomputes its slices: no region nests."""
+        prefix = f"{module}." if module else ""
+        return any(
+            f"{r.module}.".startswith(prefix)
+            for r in self.rewrites
+            if r.kind is RewriteKind.SLICED_CALL
+        )
 
     # -- search -----------------------------------------------------------------------------------
 

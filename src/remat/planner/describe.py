@@ -71,7 +71,7 @@ def figures(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "keep-everything peak", format_bytes(plan.keep_all_peak_bytes), remark
     if plan.rewrites:
         count = len(plan.rewrites)
-        told = "; ".join(f"{rewrite.module}: {rewrite.reason}" for rewrite in plan.rewrites)
+        told = f"{plan.rewrites[0].module}: {plan.rewrites[0].reason}"
         yield "in slices", f"{count} {'module' if count == 1 else 'modules'}", told
     source = f" ({plan.cost_source})" if plan.cost_source else ""
     extra = (

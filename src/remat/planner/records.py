@@ -80,17 +80,30 @@ class Region(Record):
     reason: str = ""
 
 
-class Rewrite(Record):
-    """One decision that changes the program of the step: a loss head that runs in slices.
+class RewriteKind(str, enum.Enum):
+    """What runs in slices."""
 
-    The projection to classes and the cross entropy after it run together, slice by slice along the
-    rows, and only one slice's logits are alive. Sums are added in another order, so that the loss
-    and the gradients of the parameters in `affects` may differ in their last bits from those of the
-    step without the plan; every other result is the same.
+    LOSS_HEAD = "loss_head"
+    SLICED_CALL = "sliced_call"
+
+
+class Rewrite(Record):
+    """One decision that changes the program of the step: a module that runs in slices.
+
+    A loss head: the projection to classes and the cross entropy after it run together, slice by
+    slice along the rows, and only one slice's logits are alive. A sliced call: the module runs on
+    one slice of the batch after the other, each recomputed in backward. Sums are added in another
+    order, so that the loss and the gradients of the parameters in `affects` may differ in their
+    last bits from those of the step without the plan; every other result is the same.
     """
 
+    kind: RewriteKind = RewriteKind.LOSS_HEAD
     module: str = Field(description="Fully qualified name of the module that runs in slices.")
-    num_slices: int = Field(ge=2, description="Number of slices along the rows (tokens).")
+    num_slices: int = Field(ge=2, description="Slices along the rows (tokens) or the batch.")
+    arguments: tuple[int, ...] = Field(
+        default=(),
+        description="Sliced calls: the tensors that are cut, by place among the call's leaves.",
+    )
     affects: tuple[str, ...] = Field(
         default=(), description="Parameters whose gradients may differ in their last bits."
     )
@@ -152,7 +165,11 @@ class Plan(Record):
 
     def summary(self) -> str:
         """One sentence: the peak, what is recomputed, and what it costs."""
-        sliced = "".join(f"{r.module} runs in {r.num_slices} slices; " for r in self.rewrites)
+        sliced = ""
+        if self.rewrites:
+            first, others = self.rewrites[0], len(self.rewrites) - 1
+            named = f"{first.module} and {others} more run" if others else f"{first.module} runs"
+            sliced = f"{named} in {first.num_slices} slices; "
         if not self.regions:
             return (
                 f"{sliced or 'N'}{'n' if sliced else ''}othing is recomputed: the peak of "

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from remat.errors import PlanMismatchError
-from remat.planner.records import Rewrite
+from remat.planner.records import Rewrite, RewriteKind
 from remat.regions.lazy_logits import SlicedHead, lazy_logits
+from remat.regions.sliced_calls import CallRuntime, sliced_forward
 
 # Any: a module's arguments and results are the user's own.
 
@@ -50,6 +51,11 @@ def install_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
         raise PlanMismatchError(
             f"the plan slices module {rewrite.module!r}, which the model has not."
         )
+    replaced = module.__dict__.get("forward")
+    if rewrite.kind is RewriteKind.SLICED_CALL:
+        call = CallRuntime(rewrite.num_slices, rewrite.arguments, replaced)
+        module.__dict__["forward"] = functools.partial(sliced_forward, module, call)
+        return
     if not is_sliceable_head(module):
         raise PlanMismatchError(
             f"the plan slices {rewrite.module!r} as a plain torch.nn.Linear, here it is "
@@ -57,7 +63,7 @@ def install_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
             "remat.plan."
         )
     head = SlicedHead(rewrite.module, rewrite.num_slices)
-    runtime = HeadRuntime(head, module.__dict__.get("forward"))
+    runtime = HeadRuntime(head, replaced)
     module.__dict__["forward"] = functools.partial(head_forward, module, runtime)
 
 
@@ -72,12 +78,12 @@ def remove_rewrite(module: nn.Module) -> None:
         module.__dict__["forward"] = runtime.replaced
 
 
-def rewrite_on(module: nn.Module) -> HeadRuntime | None:
+def rewrite_on(module: nn.Module) -> HeadRuntime | CallRuntime | None:
     """Return the rewrite that is on a module, if it is the outermost change to its forward."""
     forward: Any = module.__dict__.get("forward")  # Any: users put what they like there
-    if isinstance(forward, functools.partial) and forward.func is head_forward:
+    if isinstance(forward, functools.partial) and forward.func in (head_forward, sliced_forward):
         runtime = forward.args[1]
-        assert isinstance(runtime, HeadRuntime)
+        assert isinstance(runtime, (HeadRuntime, CallRuntime))
         return runtime
     return None
 

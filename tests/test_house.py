@@ -31,6 +31,7 @@ FLOORS = (
     {"regions"},
     {"prove"},
     {"program"},
+    {"rewriting"},
     {"fit"},
     {"runs"},
     {"report"},

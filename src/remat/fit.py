@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,20 @@ from torch import nn
 
 from remat.cost.devices import Device
 from remat.cost.model import CostModel
-from remat.errors import ApplyError, BudgetError
+from remat.errors import ApplyError, BudgetError, WorkloadError
 from remat.planner.bound import lower_bound_seconds
 from remat.planner.policies import AbstractPolicy
-from remat.planner.records import Outcome, Plan
+from remat.planner.records import Outcome, Plan, Region, Rewrite
 from remat.planner.solver import Solution
 from remat.program import UNKNOWN_WORKSPACE_MARGIN, Program, Step
 from remat.prove.records import Simulation
 from remat.regions.apply import Handle, apply, is_applied
 from remat.regions.fingerprint import fingerprint
+from remat.rewriting.programs import (
+    rewrite_notes,
+    with_sliced_blocks,
+    with_sliced_heads,
+)
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike, check_model
 from remat.units import format_bytes, parse_budget
 
@@ -38,6 +43,7 @@ def plan(
     optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
     device: Device | str | None = None,
     cost: CostModel | None = None,
+    chunks: bool | None = None,
     time_limit_s: float = 8.0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -54,6 +60,10 @@ def plan(
     optimizer: `(parameters) -> Optimizer`, an optimizer, or `None` to count no optimizer step.
     device: row of the device table whose speed prices ops; default by the model's device.
     cost: prices of ops instead, for example measured ones (`remat.measure_cost`).
+    chunks: whether a projection to classes and its cross entropy may run in slices, which gives up
+        bit identity for order of summation: `None` where the budget cannot be met otherwise, `True`
+        wherever that is cheaper, `False` never. Unless `False`, the last resort is to run every
+        block in slices of the batch.
     time_limit_s: longest search; the best plan found by then is returned as `timed_out`.
     progress: called with what is being done and the share done, 0 to 1.
 
@@ -66,7 +76,7 @@ def plan(
     if not (isinstance(budget, str) and budget.strip().endswith("%")):
         parse_budget(budget)  # an unreadable budget is said before the step is traced
     fit = Fit(
-        model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost,
+        model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost, chunks=chunks,
         time_limit_s=time_limit_s, progress=progress,
     )  # fmt: skip
     return fit.plan(budget)
@@ -100,15 +110,17 @@ def frontier(
     optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
     device: Device | str | None = None,
     cost: CostModel | None = None,
+    chunks: bool | None = None,
     time_limit_s: float = 8.0,
     progress: Progress | None = None,
 ) -> list[Plan]:
     """Return plans at evenly spaced budgets from the least reachable to the keep-everything peak.
 
-    Ordered by budget, without duplicates: the Pareto front of bytes against seconds.
+    Ordered by budget, without duplicates: the Pareto front of bytes against seconds. See `plan` for
+    the arguments. With `chunks=None` the least is that of recomputation alone.
     """
     fit = Fit(
-        model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost,
+        model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost, chunks=chunks,
         time_limit_s=time_limit_s, progress=progress,
     )  # fmt: skip
     return fit.frontier(points)
@@ -121,6 +133,7 @@ def auto_checkpoint(
     *,
     loss: Loss | None = None,
     optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
+    chunks: bool | None = None,
 ) -> Handle:
     """Plan and apply in one line; the handle's `remove()` restores the model.
 
@@ -130,11 +143,16 @@ def auto_checkpoint(
     handle = remat.auto_checkpoint(model, batch, memory_budget="8GiB")
     ```
     """
-    return apply(model, plan(model, batch, memory_budget, loss=loss, optimizer=optimizer))
+    made = plan(model, batch, memory_budget, loss=loss, optimizer=optimizer, chunks=chunks)
+    return apply(model, made)
 
 
 class Fit:
-    """One traced step, from which plans for any number of budgets and policies are made."""
+    """One step as programs, from which plans for any number of budgets and policies are made.
+
+    The plain program is the step as it is written. Where `chunks` allows them, rewritten programs
+    stand beside it, each with its own trace; they are traced when they are first needed.
+    """
 
     def __init__(
         self,
@@ -145,6 +163,7 @@ class Fit:
         optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
         device: Device | str | None = None,
         cost: CostModel | None = None,
+        chunks: bool | None = None,
         time_limit_s: float = 8.0,
         progress: Progress | None = None,
     ) -> None:
@@ -153,10 +172,20 @@ class Fit:
         check_model(model)
         if is_applied(model):
             raise ApplyError("a plan is on this model: call handle.remove() before planning anew.")
-        self._step = Step(model, batch, loss, optimizer)
-        self.plain = Program(
-            self._step, device=device, cost=cost, time_limit_s=time_limit_s, report=self._report
-        )
+        if chunks not in (None, True, False):
+            raise WorkloadError(f"chunks must be None, True or False, got {chunks!r}.")
+        self._step, self._chunks = Step(model, batch, loss, optimizer), chunks
+
+        def make(rewrites: tuple[Rewrite, ...]) -> Program:
+            return Program(
+                self._step, rewrites=rewrites, device=device, cost=cost,
+                time_limit_s=time_limit_s, report=self._report,
+            )  # fmt: skip
+
+        self._make = make
+        self.plain = make(())
+        self._rewritten: tuple[Program, ...] | None = None
+        self._last_resort: tuple[Program, ...] | None = None
         self._seconds = time.monotonic() - started
 
     @property
@@ -169,41 +198,90 @@ class Fit:
         started = time.monotonic()
         budget_bytes = parse_budget(budget, self.keep_all_peak_bytes)
         self._report("choosing what to recompute", 0.5)
-        solved = self.plain.solve(budget_bytes)
-        if solved is None:
-            _, least = self.plain.least_peak()
-            raise BudgetError(budget_bytes, self.plain.needed(least), least.breakdown)
+        program, solution, simulation = self._solve(budget_bytes)
         self._report("done", 1.0)
         seconds = time.monotonic() - started + self._seconds
-        return self._as_plan(*solved, budget_bytes, seconds)
+        return self._as_plan(program, solution, simulation, budget_bytes, seconds)
 
     def policy(self, policy: AbstractPolicy) -> Plan:
         """Return the plan that a fixed rule amounts to; see `remat.fit.plan_policy`."""
         started = time.monotonic()
         solution, simulation = self.plain.policy(policy)
         seconds = time.monotonic() - started + self._seconds
-        return self._as_plan(solution, simulation, self.plain.needed(simulation), seconds)
+        needed = self.plain.needed(simulation)
+        return self._as_plan(self.plain, solution, simulation, needed, seconds)
 
     def frontier(self, points: int) -> list[Plan]:
         """Return the Pareto front; see `remat.frontier`."""
-        low = self.plain.needed(self.plain.least_peak()[1])
+        low, _ = _least((self.plain, *self.rewritten) if self._chunks else (self.plain,))
         plans: list[Plan] = []
         for number, budget in enumerate(
             np.linspace(low, max(low, self.keep_all_peak_bytes), max(points, 1))
         ):
             self._report(f"plan {number + 1} of {points}", number / max(points, 1))
             made = self.plan(int(budget))
-            if not plans or made.regions != plans[-1].regions:
+            if not plans or _decisions(made) != _decisions(plans[-1]):
                 plans.append(made)
         return plans
+
+    # -- programs ---------------------------------------------------------------------------------
+
+    @property
+    def rewritten(self) -> tuple[Program, ...]:
+        """The programs with rewrites that `chunks` allows and that free memory; traced once."""
+        if self._rewritten is None:
+            self._rewritten = ()
+            if self._chunks is not False:
+                self._rewritten = with_sliced_heads(self.plain, self._step, self._make)
+        return self._rewritten
+
+    @property
+    def last_resort(self) -> tuple[Program, ...]:
+        """The programs with blocks in slices of the batch, which recompute them all."""
+        if self._last_resort is None:
+            self._last_resort = ()
+            if self._chunks is not False:
+                self._last_resort = with_sliced_blocks(
+                    self.plain, self.rewritten, self._step, self._make
+                )
+        return self._last_resort
+
+    def _stages(self) -> Iterator[tuple[Program, ...]]:
+        """Yield programs that compete; the next are only traced where these do not suffice."""
+        if self._chunks:
+            yield (self.plain, *self.rewritten)
+        else:
+            yield (self.plain,)
+            yield self.rewritten
+        yield self.last_resort
+
+    def _solve(self, budget_bytes: int) -> tuple[Program, Solution, Simulation]:
+        """Return the program and choice of the least time within a budget; the plain one first.
+
+        Raises
+        ------
+        BudgetError: if no program that is allowed reaches it.
+        """
+        for programs in self._stages():
+            found = [(program, program.solve(budget_bytes)) for program in programs]
+            solved = [(program, *result) for program, result in found if result is not None]
+            if solved:
+                return min(solved, key=lambda item: _seconds(item[0], item[1]))
+        needed, least = _least(p for programs in self._stages() for p in programs)
+        raise BudgetError(budget_bytes, needed, least.breakdown)
 
     # -- the record -------------------------------------------------------------------------------
 
     def _as_plan(
-        self, solution: Solution, simulation: Simulation, budget_bytes: int, seconds: float
+        self,
+        program: Program,
+        solution: Solution,
+        simulation: Simulation,
+        budget_bytes: int,
+        seconds: float,
     ) -> Plan:
-        program, step = self.plain, self._step
-        forward = program.cost.forward_seconds
+        step = self._step
+        forward = self.plain.cost.forward_seconds
         recomputed = sum(program.options[p].seconds for p in solution.chosen)
         fraction = recomputed / forward if forward else 0.0
         bound = lower_bound_seconds(program.timeline, program.cost, budget_bytes) / forward
@@ -213,24 +291,24 @@ class Fit:
             predicted_peak_bytes=simulation.peak_bytes,
             keep_all_peak_bytes=self.keep_all_peak_bytes,
             forward_seconds=forward,
-            step_seconds=program.cost.step_seconds,
+            step_seconds=self.plain.cost.step_seconds,
             recompute_seconds=solution.seconds,
             recompute_fraction=fraction,
             lower_bound_fraction=min(bound, fraction),
             gap=max(0.0, fraction - bound),
             outcome=solution.outcome if solution.chosen else Outcome.OPTIMAL,
             regions=program.regions(solution.chosen),
+            rewrites=program.rewrites,
             hazards=program.hazards,
             breakdown=simulation.breakdown,
             margin_bytes=program.margin(simulation.peak_bytes),
             cost_source=program.cost_model.source,
             plan_seconds=seconds,
-            notes=self._notes(solution, budget_bytes),
+            notes=self._notes(program, solution, budget_bytes),
         )
 
-    def _notes(self, solution: Solution, budget_bytes: int) -> tuple[str, ...]:
-        program = self.plain
-        notes = list(program.trace.notes)
+    def _notes(self, program: Program, solution: Solution, budget_bytes: int) -> tuple[str, ...]:
+        notes = [*rewrite_notes(program.rewrites), *program.trace.notes]
         if budget_bytes >= self.keep_all_peak_bytes and not solution.chosen:
             notes.append(
                 f"The budget of {format_bytes(budget_bytes)} is at or above the keep-everything "
@@ -248,3 +326,18 @@ class Fit:
                 f"{format_bytes(max(program.workspace.values()))}."
             )
         return tuple(notes)
+
+
+def _seconds(program: Program, solution: Solution) -> float:
+    """Return the estimated time of a step of one program under one choice."""
+    return program.cost.step_seconds + solution.seconds
+
+
+def _least(programs: Iterable[Program]) -> tuple[int, Simulation]:
+    """Return the least budget that any of the programs fits, and its simulation."""
+    simulated = [(program, program.least_peak()[1]) for program in programs]
+    return min(((p.needed(s), s) for p, s in simulated), key=lambda item: item[0])
+
+
+def _decisions(plan: Plan) -> tuple[tuple[Region, ...], tuple[Rewrite, ...]]:
+    return plan.regions, plan.rewrites

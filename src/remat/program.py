@@ -17,7 +17,7 @@ from remat.cost.workspace import measure_workspace
 from remat.planner.blocks import find_blocks
 from remat.planner.options import Option, find_options
 from remat.planner.policies import AbstractPolicy, simple_policies
-from remat.planner.records import Outcome, Region
+from remat.planner.records import Outcome, Region, Rewrite, RewriteKind
 from remat.planner.recursion import find_recursions
 from remat.planner.solver import Solution, Solver
 from remat.planner.spans import Facts, Span
@@ -26,7 +26,7 @@ from remat.prove.records import Simulation
 from remat.prove.simulate import summarize
 from remat.regions.apply import install, remove
 from remat.trace.capture import capture
-from remat.trace.records import OpSignature
+from remat.trace.records import OpSignature, StepTrace
 from remat.trace.step import Loss, OptimizerLike
 from remat.units import format_bytes, format_seconds
 
@@ -52,22 +52,24 @@ class Step:
 
 
 class Program:
-    """One trace of a step, from which choices of regions for any number of budgets are made."""
+    """One trace of a step, from which choices of regions for any number of budgets are made.
+
+    With `rewrites` on the model, the step is another program, with a trace of its own.
+    """
 
     def __init__(
         self,
         step: Step,
         *,
+        rewrites: tuple[Rewrite, ...] = (),
         device: Device | str | None,
         cost: CostModel | None,
         time_limit_s: float,
         report: Report,
     ) -> None:
-        self._step, self._report = step, report
+        self._step, self._report, self.rewrites = step, report, rewrites
         self._report("tracing one training step", 0.0)
-        self.trace = capture(
-            step.model, step.batch, loss=step.loss, optimizer=step.optimizer
-        )  # fmt: skip
+        self.trace = self._captured((), drop_saved=True)
         self._report("pricing ops", 0.3)
         self.workspace, self.is_workspace_known = self._kernel_workspace()
         if cost is None:
@@ -81,9 +83,13 @@ class Program:
         facts = Facts(self.trace, self.cost)
         blocks = find_blocks(self.trace)
         found = find_options(facts, keep=frozenset(blocks))
-        options = list(found.options)
+        options = [option for option in found.options if not self._holds_slices(option)]
         place = {o.parts[0].span: p for p, o in enumerate(options) if not o.saved_ops}
-        recursions = find_recursions(facts)
+        recursions = [
+            plan
+            for plan in find_recursions(facts)
+            if not any(self._holds_slices(option) for option in plan)
+        ]
         for option in itertools.chain.from_iterable(recursions):
             if option.parts[0].span not in place:
                 place[option.parts[0].span] = len(options)
@@ -105,6 +111,18 @@ class Program:
     def keep_all_peak_bytes(self) -> int:
         """Peak of the step when nothing is recomputed."""
         return self._keep_all.peak_bytes
+
+    def _holds_slices(self, option: Option) -> bool:
+        """Whether an option contains calls that recompute their slices, or a run a sliced head."""
+        modules = {
+            name for region in option.regions() for name in (region.module, *region.followers)
+        }
+        return any(
+            f"{rewrite.module}.".startswith(f"{module}." if module else "")
+            for rewrite in self.rewrites
+            if rewrite.kind is RewriteKind.SLICED_CALL or not option.is_single
+            for module in modules
+        )
 
     # -- search -----------------------------------------------------------------------------------
 
@@ -156,15 +174,20 @@ class Program:
     def simulate(self, chosen: Iterable[int]) -> Simulation:
         """Run the step under fake tensors with the choice applied."""
         self._report("simulating the plan", 0.8)
+        regions = tuple(r for p in sorted(chosen) for r in self.options[p].regions())
+        trace = self._captured(regions, drop_saved=False)
+        return summarize(trace, self._workspace_of(trace.signatures))
+
+    def _captured(self, regions: tuple[Region, ...], *, drop_saved: bool) -> StepTrace:
         step = self._step
-        install(step.model, tuple(r for p in sorted(chosen) for r in self.options[p].regions()))
+        install(step.model, regions, self.rewrites)
         try:
-            trace = capture(
-                step.model, step.batch, loss=step.loss, optimizer=step.optimizer, drop_saved=False
-            )
+            return capture(
+                step.model, step.batch, loss=step.loss, optimizer=step.optimizer,
+                drop_saved=drop_saved,
+            )  # fmt: skip
         finally:
             remove(step.model)
-        return summarize(trace, self._workspace_of(trace.signatures))
 
     def needed(self, simulation: Simulation) -> int:
         """Return the least budget that a simulated plan fits, its margin included."""

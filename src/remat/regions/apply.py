@@ -10,8 +10,9 @@ from torch import nn
 from typing_extensions import Self
 
 from remat.errors import ApplyError, PlanMismatchError
-from remat.planner.records import Plan, Region
+from remat.planner.records import Plan, Region, Rewrite
 from remat.regions.fingerprint import check_model_matches
+from remat.regions.rewrites import install_rewrite, remove_rewrite, rewrite_on
 from remat.regions.runs import Follower, Run, follower_forward
 from remat.regions.runtime import RegionRuntime, StepClock, region_forward
 from remat.trace.step import check_model
@@ -64,7 +65,7 @@ def apply(model: nn.Module, plan: Plan) -> Handle:
     check_model(model)
     check_plan(plan)
     check_model_matches(model, plan.fingerprint)
-    install(model, plan.regions)
+    install(model, plan.regions, plan.rewrites)
     return Handle(model, plan)
 
 
@@ -84,7 +85,7 @@ def check_plan(plan: Any) -> None:
 
 def is_applied(model: nn.Module) -> bool:
     """Whether a plan is on the model."""
-    return any(_installed(module) is not None for module in model.modules())
+    return any(_installed(m) is not None or rewrite_on(m) is not None for m in model.modules())
 
 
 def remove(model: nn.Module) -> None:
@@ -95,10 +96,13 @@ def remove(model: nn.Module) -> None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = installed.replaced
+        remove_rewrite(module)  # regions lie around it
 
 
-def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
-    """Put regions onto a model; `remove` takes them off."""
+def install(
+    model: nn.Module, regions: tuple[Region, ...], rewrites: tuple[Rewrite, ...] = ()
+) -> None:
+    """Put rewrites onto a model, and regions around them; `remove` takes both off."""
     if is_applied(model):
         raise ApplyError(
             "a plan is on this model already: call handle.remove() before applying another."
@@ -106,6 +110,12 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
     modules = dict(model.named_modules())
     buffers = _buffer_homes(model)
     _check_regions(regions, modules, buffers)
+    try:
+        for rewrite in rewrites:
+            install_rewrite(modules, rewrite)
+    except PlanMismatchError:
+        remove(model)
+        raise
     together: dict[tuple[object, ...], list[Region]] = {}
     for region in regions:
         key = (region.module, region.followers, region.is_nested)

@@ -15,7 +15,11 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils.flop_counter import flop_registry
 
 from remat.trace.leaves import Identities, flatten
@@ -61,9 +65,13 @@ class Packed:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Walk the tensors in nested lists, tuples and mappings."""
+    """Walk the tensors in nested lists, tuples and mappings, and those inside of wrappers."""
     if isinstance(value, Tensor):
-        yield value
+        if is_traceable_wrapper_subclass(value):
+            for name in value.__tensor_flatten__()[0]:
+                yield from tensors_in(getattr(value, name))
+        else:
+            yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
@@ -229,7 +237,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _leaves(self, value: Any) -> Leaves:
         found, nesting = flatten(value)
-        where = [(i, leaf) for i, leaf in enumerate(found) if isinstance(leaf, Tensor)]
+        # A wrapper has no memory of its own: it is an object like any other.
+        where = [
+            (i, leaf)
+            for i, leaf in enumerate(found)
+            if isinstance(leaf, Tensor) and not is_traceable_wrapper_subclass(leaf)
+        ]
         return Leaves(
             nesting,
             tuple(self._identities.of(leaf) for leaf in found),

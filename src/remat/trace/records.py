@@ -167,6 +167,7 @@ class StepTrace:
     buffer_names: dict[int, tuple[str, ...]]
     device_type: str
     notes: list[str] = field(default_factory=list)
+    parameter_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def base_bytes(self) -> int:

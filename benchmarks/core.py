@@ -92,33 +92,26 @@ class CoreRunner(Runner):
     """Runs the stages of the core benchmark in their order."""
 
     def run_all(self, model: str, *, points: int, sweep: int, jobs: int, timed: bool) -> None:
-        """Run every stage of one model.
-
-        What is planned and timed runs alone, because its seconds are published; what only checks
-        bytes and bits runs in `jobs` processes at once.
-        """
+        """Run every stage of one model, `jobs` processes at once; times alone."""
         if not self.run("bounds", model, points=points):
             return
-        for index in range(points):
-            self.run("plan", model, index=index)
-        self.run("sweep", model, points=sweep)
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            # The first of each makes what the others read.
-            checks = [
+            rest = [
+                pool.submit(self.run, "verify", model, points=points),
+                pool.submit(self.run, "sweep", model, points=sweep),
                 pool.submit(self.run, "policies", model),
                 pool.submit(self.run, "targets", model),
-                pool.submit(self.run, "verify", model, index=0, points=points),
-                *(pool.submit(self.run, "measure", model, index=i) for i in range(-1, points)),
+                pool.submit(self.run, "measure", model, index=-1),
+                *(pool.submit(self._plan_and_measure, model, i) for i in range(points)),
             ]
-            checks[2].result()
-            checks += [
-                pool.submit(self.run, "verify", model, index=i, points=points)
-                for i in range(1, points)
-            ]
-            for check in checks:
-                check.result()
+            for done in rest:
+                done.result()
         if timed:
             self.run("times", model, points=points)
+
+    def _plan_and_measure(self, model: str, index: int) -> None:
+        if self.run("plan", model, index=index):
+            self.run("measure", model, index=index)
 
 
 # -- results ----------------------------------------------------------------------------------
@@ -143,6 +136,7 @@ def _model(work: Path, model: str, points: int) -> Data:
     found = read_if_there(path_of(work, model, "bounds")) or {}
     policies = read_if_there(path_of(work, model, "policies")) or {"rows": [], "blocks": []}
     times = read_if_there(path_of(work, model, "times")) or {}
+    proofs = (read_if_there(path_of(work, model, "verify")) or {}).get("rows", [])
     unplanned = read_if_there(path_of(work, model, "measure", -1)) or {}
     rows = []
     for index in range(points):
@@ -155,7 +149,7 @@ def _model(work: Path, model: str, points: int) -> Data:
         if measured and row.get("predicted_bytes"):
             row["signed_error"] = row["predicted_bytes"] / measured - 1
         row["best_policy"] = _best_policy(policies["rows"], row["asked_bytes"])
-        row["verify"] = read_if_there(path_of(work, model, "verify", index))
+        row["verify"] = proofs[index] if index < len(proofs) else None
         row["time"] = times.get(str(index))
         rows.append(row)
     return {

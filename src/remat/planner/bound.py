@@ -214,11 +214,17 @@ class _BoundProgramme:
             solver.setOptionValue("mip_heuristic_effort", 0.0)
         solver.passModel(programme)
         solver.run()
-        if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+        status, info = solver.getModelStatus(), solver.getInfo()
+        if status in (
+            highspy.HighsModelStatus.kInfeasible,
+            highspy.HighsModelStatus.kUnboundedOrInfeasible,  # every variable is bounded
+        ):
             return math.inf
-        info = solver.getInfo()
-        least = info.mip_dual_bound if is_whole else info.objective_function_value
-        return max(0.0, float(least)) * scale
+        if is_whole:
+            return max(0.0, float(info.mip_dual_bound)) * scale
+        # Short of its optimum a linear programme bounds nothing.
+        is_solved = status == highspy.HighsModelStatus.kOptimal
+        return max(0.0, float(info.objective_function_value)) * scale if is_solved else 0.0
 
     def _runs_again(self, op: int) -> int:
         if op not in self._again:

@@ -43,7 +43,7 @@ _CRUMB_BYTES = 4096
 # Most storages looked at over all cuts: the programme's size, half a second on one core.
 _MOST_STORAGES = 8_000
 # Programmes with at most this many entries are also tightened by what whole numbers imply.
-_MOST_WHOLE = 12_000
+_MOST_WHOLE = 20_000
 # The programme is solved to about seven digits: what is returned stays below its true optimum.
 _CAUTION = 1e-6
 

@@ -43,7 +43,7 @@ _CRUMB_BYTES = 4096
 # Most storages looked at over all cuts: the programme's size, half a second on one core.
 _MOST_STORAGES = 8_000
 # Programmes with at most this many entries are also tightened by what whole numbers imply.
-_MOST_WHOLE = 12_000
+_MOST_WHOLE = 20_000
 # The programme is solved to about seven digits: what is returned stays below its true optimum.
 _CAUTION = 1e-6
 
@@ -214,11 +214,17 @@ class _BoundProgramme:
             solver.setOptionValue("mip_heuristic_effort", 0.0)
         solver.passModel(programme)
         solver.run()
-        if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+        status, info = solver.getModelStatus(), solver.getInfo()
+        if status in (
+            highspy.HighsModelStatus.kInfeasible,
+            highspy.HighsModelStatus.kUnboundedOrInfeasible,  # every variable is bounded
+        ):
             return math.inf
-        info = solver.getInfo()
-        least = info.mip_dual_bound if is_whole else info.objective_function_value
-        return max(0.0, float(least)) * scale
+        if is_whole:
+            return max(0.0, float(info.mip_dual_bound)) * scale
+        # Short of its optimum a linear programme bounds nothing.
+        is_solved = status == highspy.HighsModelStatus.kOptimal
+        return max(0.0, float(info.objective_function_value)) * scale if is_solved else 0.0
 
     def _runs_again(self, op: int) -> int:
         if op not in self._again:

@@ -201,6 +201,24 @@ def test_autocast_is_predicted_wherever_it_is_entered(outside: bool, budget: str
     assert measured <= plan.budget_bytes
 
 
+def test_batch_norm_under_autocast_saves_its_statistics_in_full_precision() -> None:
+    """Many channels on few pixels, where what BatchNorm saves weighs: predicted to a KiB."""
+    # One weight per channel, so that activations make the peak and not gradients.
+    layers = (
+        nn.Sequential(nn.Conv2d(512, 512, 1, groups=512), nn.BatchNorm2d(512)) for _ in range(8)
+    )
+    model = nn.Sequential(*layers)
+    batch = torch.randn(2, 512, 2, 2)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch).float().square().mean()
+
+    predicted = simulate(model, batch, loss=loss, optimizer=None).peak_bytes
+    measured = remat.measure(model, batch, loss=loss, optimizer=None, steps=1).peak_bytes
+    assert 0 <= predicted - measured <= 1024
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_another_precision_are_predicted(dtype: torch.dtype) -> None:
     """Weights, gradients and states of other widths are counted as they are."""

@@ -294,6 +294,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.name in _RESIZED_RESULTS and fresh and out.numel() == 1:
             # The storage is that of the loss before it was reduced.
             self.storages[fresh[0]].size_bytes = max(t.numel() for t in tensors) * out.itemsize
+        for tensor, size_bytes in _wider_statistics(func, args, produced):
+            self.storages[self.register(tensor, kind)].size_bytes = size_bytes
         mutated = _mutated(func, args, kwargs)
         mutated_ids = tuple(dict.fromkeys(self.register(t, kind) for t in mutated))
         moved = sum(t.numel() * t.element_size() for t in (*tensors, *produced))
@@ -368,6 +370,21 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 # Losses whose kernel reduces into the memory of the unreduced loss, and returns that.
 _RESIZED_RESULTS = frozenset({"aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss"})
+
+
+def _wider_statistics(
+    func: Any, args: tuple[Any, ...], produced: list[Tensor]
+) -> Iterator[tuple[Tensor, int]]:
+    """Yield the statistics that BatchNorm saves, with their real bytes.
+
+    For inputs of half precision with weights of full precision, as under autocast, kernels save
+    them in that of the weights; fakes say that of the input.
+    """
+    weight = args[1] if func._schema.name == "aten::native_batch_norm" else None
+    if isinstance(weight, Tensor):
+        for tensor in produced[1:3]:
+            yield tensor, tensor.numel() * max(tensor.itemsize, weight.itemsize)
+
 
 # Ops that update running statistics although their schema does not say so.
 _BATCH_NORM_ARGUMENTS = {

@@ -94,7 +94,7 @@ def fixed_plan(model: str, arguments: argparse.Namespace) -> list[Data]:
     """Decide nothing, all, every-n, first-k and last-k blocks."""
     del arguments
     fit = _fit(model)
-    blocks = len(fit.blocks)
+    blocks = len(fit.plain.blocks)
     rules = simple_policies(blocks)
     chosen = [KeepAll(), rules[0]]
     for kind in (EveryNth, FirstK, LastK):
@@ -281,7 +281,7 @@ def sac(model: str, arguments: argparse.Namespace) -> list[Data]:
 def rotor_plan(model: str, arguments: argparse.Namespace) -> list[Data]:
     """Plan a chain of blocks by rotor's dynamic programme."""
     begin = time.monotonic()
-    fit = _fit(model)
+    fit = _fit(model).plain
     calls = [fit.options[p].call for p in fit.blocks]
     stages, outside = chain_stages(fit.timeline, fit.cost, calls)
     most = fit.keep_all_peak_bytes - outside
@@ -330,7 +330,7 @@ def _scheduled(case: Case, schedule: list) -> Scheduled:
 def facts(model: str, arguments: argparse.Namespace) -> list[Data]:
     """Note what every peer's figures are relative to."""
     del arguments
-    fit = _fit(model)
+    fit = _fit(model).plain
     state = sum(s.size_bytes for s in fit.trace.storages if s.kind == "optimizer")
     return [
         {

@@ -112,9 +112,8 @@ def point(kind: str, depth: int) -> Data:
     assert isinstance(least, remat.Plan)
     gap = fit.keep_all_peak_bytes - least.budget_bytes
     budget = least.budget_bytes + int(_BUDGET_SHARE * gap)
-    solution = timed("solve", lambda: fit.solver.cheapest(budget))
+    solution = timed("solve", lambda: fit.plain.solve(budget))
     assert solution is not None
-    timed("simulate", lambda: fit._simulate(solution.chosen))
     beside = sum(
         least.breakdown[kind] for kind in ("parameters", "buffers", "batch", "optimizer")
     ) + sum(p.numel() * p.element_size() for p in case.model.parameters())  # fmt: skip
@@ -122,7 +121,7 @@ def point(kind: str, depth: int) -> Data:
         "kind": kind,
         "depth": depth,
         "num_ops": num_ops,
-        "num_options": len(fit.options),
+        "num_options": len(fit.plain.options),
         "seconds": seconds,
         "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
@@ -191,7 +190,7 @@ def exponents(rows: list[Data]) -> list[Data]:
 
 def markdown(results: Data) -> str:
     """Write the results as a page."""
-    parts = ("trace", "options", "least", "solve", "simulate")
+    parts = ("trace", "options", "least", "solve")
     rows = table(
         ("model", "depth", "ops", "options", *(f"{part} s" for part in parts), "Python MiB",
          "process MiB", "keep all MiB", "least peak MiB", "its activations MiB", "recomputed"),

@@ -11,6 +11,7 @@ from torch import nn
 
 from remat.fit import Fit
 from remat.planner.bound import lower_bound_seconds
+from remat.program import Program
 from remat.trace.records import BASE_KINDS, FORWARD
 from tests.models import Block, square_mean
 
@@ -66,7 +67,7 @@ class Recomputation:
     plans look cheaper than they are: the bound must hold all the same.
     """
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: Program) -> None:
         self.trace, self.seconds = fit.trace, fit.cost.op_seconds
         self.keep_all = fit.timeline.curve(()).alive
         self.maker = {
@@ -155,7 +156,8 @@ def test_bound_is_below_every_recomputation_of_single_ops(name):
     """No choice of ops to run again is cheaper than the bound at its own peak."""
     model = MODELS[name]()
     width = next(model.parameters()).shape[1]
-    fit = Fit(model, torch.randn(ROWS, width, requires_grad=True), loss=square_mean, optimizer=None)
+    batch = torch.randn(ROWS, width, requires_grad=True)
+    fit = Fit(model, batch, loss=square_mean, optimizer=None).plain
     found = sorted(set(Recomputation(fit).plans()))
     front = []
     for peak, seconds in found:
@@ -173,7 +175,7 @@ def test_bound_is_below_every_recomputation_of_single_ops(name):
 def test_bound_grows_as_the_budget_falls():
     """Less memory never costs less, and no memory at all is out of reach of any plan."""
     model = nn.Sequential(*(Block(32) for _ in range(4)))
-    fit = Fit(model, torch.randn(ROWS, 32), loss=square_mean)
+    fit = Fit(model, torch.randn(ROWS, 32), loss=square_mean).plain
     most = fit.keep_all_peak_bytes
     bounds = [lower_bound_seconds(fit.timeline, fit.cost, most * k // 20) for k in range(20, 5, -1)]
     assert bounds[0] == 0.0
@@ -184,7 +186,7 @@ def test_bound_grows_as_the_budget_falls():
 def test_bound_charges_what_an_op_reads():
     """Where inputs are gone, making a result again needs them made again: more than its own op."""
     model = MODELS["pointwise"]()
-    fit = Fit(model, torch.randn(ROWS, 8), loss=square_mean, optimizer=None)
+    fit = Fit(model, torch.randn(ROWS, 8), loss=square_mean, optimizer=None).plain
     best = min(
         seconds
         for peak, seconds in Recomputation(fit).plans()

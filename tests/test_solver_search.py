@@ -16,6 +16,7 @@ from remat.planner.bound import lower_bound_seconds
 from remat.planner.programme import cliques
 from remat.planner.records import Outcome
 from remat.planner.solver import Solver
+from remat.program import Program
 from tests.models import Block, Recurrent, Tower, rising, square_mean
 
 SMALL = {
@@ -25,9 +26,9 @@ SMALL = {
 }
 
 
-def small_fit(name: str) -> Fit:
+def small_fit(name: str) -> Program:
     torch.manual_seed(0)
-    return Fit(SMALL[name](), torch.randn(256, 32), loss=square_mean)
+    return Fit(SMALL[name](), torch.randn(256, 32), loss=square_mean).plain
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), max_size=12))

@@ -34,7 +34,7 @@ def llama(dropout=0.1):
 
 def t5(dropout=0.1):
     return shapes.t5(
-        layers=2,
+        layers=1,
         width=32,
         inner=64,
         heads=2,
@@ -123,7 +123,7 @@ def test_slices_come_where_they_must_or_where_asked_for():
     case = llama()
     fits = {c: Fit(case.model, case.batch, chunks=c) for c in (None, True, False)}
     sliced_at = 0
-    for budget in ("100%", "90%", "85%"):
+    for budget in ("100%", "85%"):
         plain, asked, never = (fits[c].plan(budget) for c in (None, True, False))
         assert plain.rewrites == never.rewrites == ()
         assert plain.regions == never.regions
@@ -146,7 +146,7 @@ def test_slices_come_where_they_must_or_where_asked_for():
 def test_front_with_slices_costs_less_at_every_budget():
     """Where slices compete, peaks rise and step times fall along the front, below the plain one."""
     case = gpt2()
-    points = remat.frontier(case.model, case.batch, points=4, chunks=True, time_limit_s=2)
+    points = remat.frontier(case.model, case.batch, points=3, chunks=True, time_limit_s=2)
     assert len(points) >= 2
     seconds = [p.recompute_seconds + sum(r.added_seconds for r in p.rewrites) for p in points]
     assert seconds == sorted(seconds, reverse=True)

@@ -34,11 +34,11 @@ def test_recomputed_flops_are_those_of_the_plan(name):
         counts: dict[str, int] = {}
         again = 0
         saved = {(op.name, op.occurrence) for op in option.saved_ops}
-        for op in fit.plain.trace.ops[call.first_op : option.stop_op]:
+        for op in fit.plain.trace.ops[call.first_op : option.parts[0].stop_op]:
             occurrence = counts.get(op.name, 0)
             counts[op.name] = occurrence + 1
             again += 0 if (op.name, occurrence) in saved else op.flops
-        plan = fit.plan("1000%").model_copy(update={"regions": (option.region(),)})
+        plan = fit.plan("1000%").model_copy(update={"regions": option.regions()})
         with remat.apply(case.model, plan):
             assert flops_of_step(case) - before == again
 
@@ -85,7 +85,7 @@ def test_selective_regions_verify_with_dropout():
     assert len(tried) >= 3
     for option in tried:
         peak = fit.plain.simulate([fit.plain.options.index(option)]).peak_bytes
-        plan = base.model_copy(update={"regions": (option.region(),), "budget_bytes": peak + 1024})
+        plan = base.model_copy(update={"regions": option.regions(), "budget_bytes": peak + 1024})
         proof = remat.verify(case.model, case.batch, plan, loss=case.loss)
         assert proof.passed, (option.module, proof.differences[:2])
         assert torch.is_grad_enabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from remat.planner.blocks import find_blocks
 from remat.planner.options import Option, find_options
 from remat.planner.policies import AbstractPolicy, simple_policies
 from remat.planner.records import Outcome, Region, Rewrite, RewriteKind
+from remat.planner.recursion import find_recursions
 from remat.planner.solver import Solution, Solver
+from remat.planner.spans import Facts, Span
 from remat.planner.timeline import Timeline
 from remat.prove.records import Simulation
 from remat.prove.simulate import summarize
@@ -67,6 +70,8 @@ class Program:
         self._step, self._report, self.rewrites = step, report, rewrites
         self._report("tracing one training step", 0.0)
         self.trace = self._captured((), drop_saved=True)
+        sliced = {r.module for r in rewrites if r.kind is RewriteKind.SLICED_CALL}
+        self._sliced_starts = [c.start for c in self.trace.calls if c.module in sliced]
         self._report("pricing ops", 0.3)
         self.workspace, self.is_workspace_known = self._kernel_workspace()
         if cost is None:
@@ -77,21 +82,29 @@ class Program:
             device=cost.device, seconds=cost.seconds, workspace=self.workspace
         )
         self.cost = cost_step(self.trace, self.cost_model)
+        facts = Facts(self.trace, self.cost)
         blocks = find_blocks(self.trace)
-        found = find_options(self.trace, self.cost, keep=frozenset(blocks))
-        self.options: tuple[Option, ...] = tuple(
-            option for option in found.options if not self._holds_slices(option.module)
-        )
+        found = find_options(facts, keep=frozenset(blocks))
+        options = [option for option in found.options if not self._holds_slices(option)]
+        place = {o.parts[0].span: p for p, o in enumerate(options) if not o.saved_ops}
+        recursions = [
+            plan for plan in find_recursions(facts) if not any(map(self._holds_slices, plan))
+        ]
+        for option in itertools.chain.from_iterable(recursions):
+            if option.parts[0].span not in place:
+                place[option.parts[0].span] = len(options)
+                options.append(option)
+        self.options: tuple[Option, ...] = tuple(options)
         self.hazards = found.hazards
         self.timeline = Timeline(self.trace, self.cost, self.options)
         self.solver = Solver(self.timeline, time_limit_s=time_limit_s)
-        position_of = {o.call: p for p, o in enumerate(self.options) if not o.saved_ops}
-        self.blocks = tuple(position_of[c] for c in blocks if c in position_of)
+        self.blocks = tuple(place[span] for c in blocks if (span := Span((c,))) in place)
         self._keep_all = self.timeline.curve(())
         self._known: list[frozenset[int]] = [
             frozenset(self.blocks[i] for i in policy.choose(len(self.blocks)))
             for policy in simple_policies(len(self.blocks))
         ]
+        self._known += [frozenset(place[o.parts[0].span] for o in plan) for plan in recursions]
         self._least: tuple[Solution, Simulation] | None = None
 
     @property
@@ -99,14 +112,9 @@ class Program:
         """Peak of the step when nothing is recomputed."""
         return self._keep_all.peak_bytes
 
-    def _holds_slices(self, module: str) -> bool:
-        """Whether a module is, or contains, one that recomputes its slices: no region nests."""
-        prefix = f"{module}." if module else ""
-        return any(
-            f"{r.module}.".startswith(prefix)
-            for r in self.rewrites
-            if r.kind is RewriteKind.SLICED_CALL
-        )
+    def _holds_slices(self, option: Option) -> bool:
+        """Whether a call that recomputes its own slices lies inside an option: no region nests."""
+        return any(option.start <= start <= option.end for start in self._sliced_starts)
 
     # -- search -----------------------------------------------------------------------------------
 
@@ -158,7 +166,7 @@ class Program:
     def simulate(self, chosen: Iterable[int]) -> Simulation:
         """Run the step under fake tensors with the choice applied."""
         self._report("simulating the plan", 0.8)
-        regions = tuple(self.options[p].region() for p in sorted(chosen))
+        regions = tuple(r for p in sorted(chosen) for r in self.options[p].regions())
         trace = self._captured(regions, drop_saved=False)
         return summarize(trace, self._workspace_of(trace.signatures))
 
@@ -207,7 +215,7 @@ class Program:
                 f"recomputed{kept}: frees {format_bytes(freed)} at the peak, "
                 f"costs {format_seconds(seconds)}"
             )
-            regions.append(
-                option.region().model_copy(update={"freed_bytes": freed, "reason": reason})
-            )
+            outer, *nested = option.regions()
+            figures = {"freed_bytes": freed, "recompute_seconds": seconds, "reason": reason}
+            regions += [outer.model_copy(update=figures), *nested]
         return tuple(regions)

@@ -61,11 +61,27 @@ class SavedOp(Record):
 
 
 class Region(Record):
-    """One decision: a module call whose activations are dropped and recomputed in backward."""
+    """One decision: a module call whose activations are dropped and recomputed in backward.
+
+    With `followers` it is a run: consecutive calls, each given what the one before returned, that
+    are dropped and recomputed as one.
+    """
 
     module: str = Field(description="Fully qualified name of the module.")
     call: int = Field(default=0, ge=0, description="Which call of that module within one step.")
     num_calls: int = Field(default=1, ge=1, description="Calls of that module within one step.")
+    followers: tuple[str, ...] = Field(
+        default=(), description="Modules called next, which are part of the region."
+    )
+    argument: int = Field(
+        default=0, ge=0, description="Which leaf of a follower's arguments is passed on."
+    )
+    result: int = Field(
+        default=0, ge=0, description="Which leaf of a member's result is passed on."
+    )
+    is_nested: bool = Field(
+        default=False, description="It lies in another region, and runs again inside that one's."
+    )
     draws_random_numbers: bool = Field(
         default=False, description="Random state is saved and restored around the recomputation."
     )

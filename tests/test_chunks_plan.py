@@ -201,18 +201,17 @@ def test_autocast_plan_is_exact_and_passes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "claim", [{"affects": ()}, {"tolerance": 1e-12}, {"affects": ("transformer.wpe.weight",)}]
-)
-def test_verify_fails_where_more_differs_than_the_plan_says(claim):
+def test_verify_fails_where_more_differs_than_the_plan_says():
     """A plan that names too few parameters, or too small a difference, does not pass."""
     case = gpt2()
     plan = tightest(case)
     assert remat.verify(case.model, case.batch, plan).passed
-    claimed = (plan.rewrites[0].model_copy(update=claim),)
-    proof = remat.verify(case.model, case.batch, plan.model_copy(update={"rewrites": claimed}))
-    assert not proof.within_rounding
-    assert not proof.passed
+    few = ("transformer.wpe.weight",)
+    for claim in ({"affects": ()}, {"tolerance": 1e-12}, {"affects": few}):
+        claimed = (plan.rewrites[0].model_copy(update=claim),)
+        proof = remat.verify(case.model, case.batch, plan.model_copy(update={"rewrites": claimed}))
+        assert not proof.within_rounding
+        assert not proof.passed
 
 
 def test_verify_fails_on_a_difference_above_rounding():

@@ -34,7 +34,7 @@ def llama(dropout=0.1):
 
 def t5(dropout=0.1):
     return shapes.t5(
-        layers=2,
+        layers=1,
         width=32,
         inner=64,
         heads=2,
@@ -123,7 +123,7 @@ def test_slices_come_where_they_must_or_where_asked_for():
     case = llama()
     fits = {c: Fit(case.model, case.batch, chunks=c) for c in (None, True, False)}
     sliced_at = 0
-    for budget in ("100%", "90%", "85%"):
+    for budget in ("100%", "85%"):
         plain, asked, never = (fits[c].plan(budget) for c in (None, True, False))
         assert plain.rewrites == never.rewrites == ()
         assert plain.regions == never.regions
@@ -146,7 +146,7 @@ def test_slices_come_where_they_must_or_where_asked_for():
 def test_front_with_slices_costs_less_at_every_budget():
     """Where slices compete, peaks rise and step times fall along the front, below the plain one."""
     case = gpt2()
-    points = remat.frontier(case.model, case.batch, points=4, chunks=True, time_limit_s=2)
+    points = remat.frontier(case.model, case.batch, points=3, chunks=True, time_limit_s=2)
     assert len(points) >= 2
     seconds = [p.recompute_seconds + sum(r.added_seconds for r in p.rewrites) for p in points]
     assert seconds == sorted(seconds, reverse=True)
@@ -201,18 +201,17 @@ def test_autocast_plan_is_exact_and_passes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "claim", [{"affects": ()}, {"tolerance": 1e-12}, {"affects": ("transformer.wpe.weight",)}]
-)
-def test_verify_fails_where_more_differs_than_the_plan_says(claim):
+def test_verify_fails_where_more_differs_than_the_plan_says():
     """A plan that names too few parameters, or too small a difference, does not pass."""
     case = gpt2()
     plan = tightest(case)
     assert remat.verify(case.model, case.batch, plan).passed
-    claimed = (plan.rewrites[0].model_copy(update=claim),)
-    proof = remat.verify(case.model, case.batch, plan.model_copy(update={"rewrites": claimed}))
-    assert not proof.within_rounding
-    assert not proof.passed
+    few = ("transformer.wpe.weight",)
+    for claim in ({"affects": ()}, {"tolerance": 1e-12}, {"affects": few}):
+        claimed = (plan.rewrites[0].model_copy(update=claim),)
+        proof = remat.verify(case.model, case.batch, plan.model_copy(update={"rewrites": claimed}))
+        assert not proof.within_rounding
+        assert not proof.passed
 
 
 def test_verify_fails_on_a_difference_above_rounding():

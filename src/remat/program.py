@@ -70,6 +70,8 @@ class Program:
         self._step, self._report, self.rewrites = step, report, rewrites
         self._report("tracing one training step", 0.0)
         self.trace = self._captured((), drop_saved=True)
+        sliced = {r.module for r in rewrites if r.kind is RewriteKind.SLICED_CALL}
+        self._sliced_starts = [c.start for c in self.trace.calls if c.module in sliced]
         self._report("pricing ops", 0.3)
         self.workspace, self.is_workspace_known = self._kernel_workspace()
         if cost is None:
@@ -86,9 +88,7 @@ class Program:
         options = [option for option in found.options if not self._holds_slices(option)]
         place = {o.parts[0].span: p for p, o in enumerate(options) if not o.saved_ops}
         recursions = [
-            plan
-            for plan in find_recursions(facts)
-            if not any(self._holds_slices(option) for option in plan)
+            plan for plan in find_recursions(facts) if not any(map(self._holds_slices, plan))
         ]
         for option in itertools.chain.from_iterable(recursions):
             if option.parts[0].span not in place:
@@ -113,16 +113,8 @@ class Program:
         return self._keep_all.peak_bytes
 
     def _holds_slices(self, option: Option) -> bool:
-        """Whether an option contains calls that recompute their slices, or a run a sliced head."""
-        modules = {
-            name for region in option.regions() for name in (region.module, *region.followers)
-        }
-        return any(
-            f"{rewrite.module}.".startswith(f"{module}." if module else "")
-            for rewrite in self.rewrites
-            if rewrite.kind is RewriteKind.SLICED_CALL or not option.is_single
-            for module in modules
-        )
+        """Whether a call that recomputes its own slices lies inside an option: no region nests."""
+        return any(option.start <= start <= option.end for start in self._sliced_starts)
 
     # -- search -----------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ from typing_extensions import Self
 from remat.errors import ApplyError, PlanMismatchError
 from remat.planner.records import Plan, Region, Rewrite
 from remat.regions.fingerprint import check_model_matches
-from remat.regions.rewrites import install_rewrite, remove_rewrite, rewrite_on
+from remat.regions.rewrites import HeadRuntime, install_rewrite, rewrite_on
 from remat.regions.runs import Follower, Run, follower_forward
 from remat.regions.runtime import RegionRuntime, StepClock, region_forward
+from remat.regions.sliced_calls import CallRuntime
 from remat.trace.step import check_model
 
 
@@ -85,7 +86,7 @@ def check_plan(plan: Any) -> None:
 
 def is_applied(model: nn.Module) -> bool:
     """Whether a plan is on the model."""
-    return any(_installed(m) is not None or rewrite_on(m) is not None for m in model.modules())
+    return any(_installed(module) is not None for module in model.modules())
 
 
 def remove(model: nn.Module) -> None:
@@ -96,7 +97,6 @@ def remove(model: nn.Module) -> None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = installed.replaced
-        remove_rewrite(module)  # regions lie around it
 
 
 def install(
@@ -210,7 +210,7 @@ def _has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-def _installed(module: nn.Module) -> RegionRuntime | Follower | None:
+def _installed(module: nn.Module) -> RegionRuntime | Follower | HeadRuntime | CallRuntime | None:
     forward: Any = module.__dict__.get("forward")  # Any: users put what they like there
     if isinstance(forward, functools.partial) and forward.func in (
         region_forward,
@@ -219,4 +219,4 @@ def _installed(module: nn.Module) -> RegionRuntime | Follower | None:
         state = forward.args[1]
         assert isinstance(state, (RegionRuntime, Follower))
         return state
-    return None
+    return rewrite_on(module)

@@ -1,4 +1,4 @@
-"""Rewrites: decisions that change the program a step runs, put on modules and taken off again."""
+"""Rewrites: decisions that change the program a step runs, put on modules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def is_sliceable_head(module: nn.Module) -> bool:
 
 
 def install_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
-    """Put one rewrite on its module; `remove_rewrite` takes it off.
+    """Put one rewrite on its module; `remat.regions.apply.remove` takes it off.
 
     Raises
     ------
@@ -65,17 +65,6 @@ def install_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
     head = SlicedHead(rewrite.module, rewrite.num_slices)
     runtime = HeadRuntime(head, replaced)
     module.__dict__["forward"] = functools.partial(head_forward, module, runtime)
-
-
-def remove_rewrite(module: nn.Module) -> None:
-    """Take a rewrite off a module; nothing happens where there is none."""
-    runtime = rewrite_on(module)
-    if runtime is None:
-        return
-    if runtime.replaced is None:
-        del module.__dict__["forward"]
-    else:
-        module.__dict__["forward"] = runtime.replaced
 
 
 def rewrite_on(module: nn.Module) -> HeadRuntime | CallRuntime | None:

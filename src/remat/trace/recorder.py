@@ -247,7 +247,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             nesting,
             tuple(self._identities.of(leaf) for leaf in found),
             tuple(i for i, _ in where),
-            tuple(self.register(leaf, ACTIVATIONS) for _, leaf in where),
+            # A wrapper stands for the first of the tensors in it.
+            tuple(self.register(next(tensors_in(leaf)), ACTIVATIONS) for _, leaf in where),
         )
 
     # -- ops --------------------------------------------------------------------------------------

@@ -1,0 +1,151 @@
+"""What the caching allocator makes of a traced step: requested, allocated and reserved peaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from remat.prove.allocator_rules import AllocatorOptions
+from remat.prove.caching import Block, CachingAllocator, OutOfReservedMemoryError
+from remat.trace.records import (
+    BASE_KINDS,
+    OPTIMIZER,
+    OPTIMIZER_STATE,
+    OpSignature,
+    StepTrace,
+)
+
+# Adam's counters of steps, one scalar for each parameter, stay on the CPU.
+_HOST_SCALAR_BYTES = 8
+NUM_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorPeaks:
+    """The most bytes requested, allocated and reserved; `fits` is whether the limit was kept."""
+
+    requested_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    fits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A storage of the trace that is allocated or freed; `storage` -1 is a kernel's workspace."""
+
+    tick: int
+    is_free: bool
+    storage: int
+    size_bytes: int
+
+
+Observer = Callable[[Event, Block], None]
+
+
+def step_events(
+    trace: StepTrace, workspace: Mapping[OpSignature, int] | None = None
+) -> tuple[Event, ...]:
+    """List what a step allocates and frees on the device, in order.
+
+    For a trace with `drop_saved=False`. What lives through the step (parameters, buffers, batch,
+    optimizer state) is left out. Within a tick, outputs come first, then the kernel's workspace,
+    then what dies (see NOTE [ Ticks ]).
+    """
+    ordered: list[tuple[int, int, int, Event]] = []
+    for number, storage in enumerate(trace.storages):
+        if storage.kind in BASE_KINDS or storage.size_bytes == 0:
+            continue
+        for start, end in storage.intervals:
+            for tick, is_free in ((start, False), (end, True)):
+                event = Event(tick, is_free, number, storage.size_bytes)
+                ordered.append((tick, 3 if is_free else 0, number, event))
+    for number, op in enumerate(trace.ops):
+        size = (workspace or {}).get(trace.signatures[op.signature], 0)
+        if size:
+            ordered.append((op.tick, 1, number, Event(op.tick, False, -1, size)))
+            ordered.append((op.tick, 2, number, Event(op.tick, True, -1, size)))
+    ordered.sort(key=lambda item: item[:3])
+    return tuple(event for *_, event in ordered)
+
+
+def replay_step(
+    trace: StepTrace,
+    options: AllocatorOptions | None = None,
+    *,
+    workspace: Mapping[OpSignature, int] | None = None,
+    num_steps: int = NUM_STEPS,
+) -> AllocatorPeaks:
+    """Return the peaks of training steps from a fresh process on.
+
+    The first step starts with parameters, buffers and batch alone; its optimizer makes the state,
+    in whatever the forward and backward left free. Each further step starts from the cache that the
+    one before left. Gradients are set to none between steps. The peaks are those over all steps:
+    what is reserved is never given back by itself, and a warm step allocates the most.
+
+    Arguments
+    ---------
+    trace: of the step, with `drop_saved=False` and any plan applied.
+    options: the allocator's settings, by default PyTorch's own.
+    workspace: bytes that kernels take from the allocator while they run.
+    """
+    return replay(trace, CachingAllocator(options), workspace=workspace, num_steps=num_steps)
+
+
+def replay(
+    trace: StepTrace,
+    allocator: CachingAllocator,
+    *,
+    workspace: Mapping[OpSignature, int] | None = None,
+    num_steps: int = NUM_STEPS,
+    observe: Observer = lambda _event, _block: None,
+) -> AllocatorPeaks:
+    """Run steps through an allocator; see `replay_step`. `observe` is told of each block."""
+    held: dict[int, Block] = {}
+
+    def allocate(event: Event) -> None:
+        held[event.storage] = allocator.allocate(event.size_bytes)
+        observe(event, held[event.storage])
+
+    base = _base_events(trace, is_state=False)
+    state = _base_events(trace, is_state=True)
+    events = step_events(trace, workspace)
+    begin = trace.phase_start.get(OPTIMIZER, trace.num_ticks)
+    fits = True
+    try:
+        for event in base:
+            allocate(event)
+        for _ in range(num_steps):
+            for event in events:
+                if state and event.tick >= begin:
+                    for made in state:
+                        allocate(made)
+                    state = []
+                if event.is_free:
+                    block = held.pop(event.storage)
+                    observe(event, block)
+                    allocator.free(block)
+                else:
+                    allocate(event)
+            for made in state:  # an optimizer that allocates nothing else
+                allocate(made)
+            state = []
+    except OutOfReservedMemoryError:
+        fits = False
+    return AllocatorPeaks(
+        requested_bytes=allocator.peak_requested_bytes,
+        allocated_bytes=allocator.peak_allocated_bytes,
+        reserved_bytes=allocator.peak_reserved_bytes,
+        fits=fits,
+    )
+
+
+def _base_events(trace: StepTrace, *, is_state: bool) -> list[Event]:
+    """List what lives through the step: the optimizer's state, or the rest."""
+    return [
+        Event(0, False, number, storage.size_bytes)
+        for number, storage in enumerate(trace.storages)
+        if storage.kind in BASE_KINDS
+        and (storage.kind == OPTIMIZER_STATE) is is_state
+        and storage.size_bytes > (_HOST_SCALAR_BYTES if is_state else 0)
+    ]

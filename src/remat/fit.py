@@ -22,12 +22,13 @@ from remat.planner.policies import AbstractPolicy, simple_policies
 from remat.planner.records import Outcome, Plan, Region
 from remat.planner.solver import Solution, Solver
 from remat.planner.timeline import Timeline
+from remat.prove.accounting import Accounting, target_of
 from remat.prove.records import Simulation
-from remat.prove.simulate import summarize
+from remat.prove.snapshot import memory_snapshot
 from remat.regions.apply import Handle, apply, install, is_applied, remove
-from remat.regions.fingerprint import fingerprint
+from remat.regions.fingerprint import device_type_of, fingerprint
 from remat.trace.capture import capture
-from remat.trace.records import OpSignature
+from remat.trace.records import OpSignature, StepTrace
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike, check_model
 from remat.units import format_bytes, format_seconds, parse_budget
 
@@ -35,8 +36,6 @@ from remat.units import format_bytes, format_seconds, parse_budget
 
 _log = logging.getLogger(__name__)
 
-# Kept free, relative to the peak, where kernels' own workspace could not be measured.
-UNKNOWN_WORKSPACE_MARGIN = 0.05
 _MOST_REPAIRS = 6
 
 Progress = Callable[[str, float], None]
@@ -65,7 +64,9 @@ def plan(
         keep-everything peak.
     loss: `(model, batch) -> scalar tensor`; by default the loss is taken from the model's output.
     optimizer: `(parameters) -> Optimizer`, an optimizer, or `None` to count no optimizer step.
-    device: row of the device table whose speed prices ops; default by the model's device.
+    device: row of the device table, or a `Device`; default by the model's. It prices ops; for a
+        model on the CPU or meta, a row of another kind also decides which kernels run, and on CUDA
+        the budget means what the caching allocator reserves, and the context.
     cost: prices of ops instead, for example measured ones (`remat.measure_cost`).
     time_limit_s: longest search; the best plan found by then is returned as `timed_out`.
     progress: called with what is being done and the share done, 0 to 1.
@@ -168,14 +169,21 @@ class Fit:
             raise ApplyError("a plan is on this model: call handle.remove() before planning anew.")
         self._model, self._batch = model, batch
         self._loss, self._optimizer = loss, optimizer
-        self._report("tracing one training step", 0.0)
-        self.trace = capture(model, batch, loss=loss, optimizer=optimizer)
-        self._report("pricing ops", 0.3)
-        self._workspace, self._is_workspace_known = self._kernel_workspace()
         if cost is None:
             if not isinstance(device, Device):
-                device = find_device(device or self.trace.device_type)
+                device = find_device(device or device_type_of(model))
             cost = CostModel(device=device)
+        self._target = target_of(cost.device, device_type_of(model))
+        self._report("tracing one training step", 0.0)
+        self.trace = capture(model, batch, loss=loss, optimizer=optimizer, target=self._target)
+        self._report("pricing ops", 0.3)
+        self._workspace, is_workspace_known = self._kernel_workspace()
+        self.accounting = Accounting(
+            device=cost.device,
+            device_type=self.trace.device_type,
+            is_workspace_known=is_workspace_known,
+            has_convolutions=any("convolution" in s.name for s in self.trace.signatures),
+        )
         self.cost_model = CostModel(
             device=cost.device, seconds=cost.seconds, workspace=self._workspace
         )
@@ -194,12 +202,17 @@ class Fit:
             for policy in simple_policies(len(self.blocks))
         ]
         self._least: Solution | None = None
+        self._keep_all_needed: int | None = None
         self._seconds = time.monotonic() - started
 
     @property
     def keep_all_peak_bytes(self) -> int:
-        """Peak of the step when nothing is recomputed."""
-        return self._keep_all.peak_bytes
+        """Peak of the step when nothing is recomputed, counted as a budget is."""
+        if not self.accounting.counts_reserved:
+            return self._keep_all.peak_bytes
+        if self._keep_all_needed is None:
+            self._keep_all_needed = self._needed(self._simulate(()))
+        return self._keep_all_needed
 
     def plan(self, budget: int | str) -> Plan:
         """Return the plan for one budget; see `remat.plan`."""
@@ -238,12 +251,21 @@ class Fit:
                 plans.append(made)
         return plans
 
+    def memory_snapshot(self, plan: Plan) -> dict[str, Any]:
+        """Return a plan's step, replayed through the allocator, as a PyTorch memory snapshot."""
+        trace = self._trace_with(plan.regions)
+        return memory_snapshot(
+            trace,
+            self.accounting.options,
+            workspace=self._workspace_of(trace.signatures),
+            library_bytes=self.accounting.library_bytes,
+        )
+
     # -- search -----------------------------------------------------------------------------------
 
     def _solve(self, budget_bytes: int) -> tuple[Solution, Simulation]:
         """Solve, simulate the solution, and tighten until the simulation keeps the budget."""
-        # The margin grows with the peak: the largest peak that fits with its own margin.
-        allowed = budget_bytes - self._margin(budget_bytes)
+        allowed = self.accounting.allowed_bytes(budget_bytes)
         for _ in range(_MOST_REPAIRS):
             solution = self._cheapest(allowed)
             if solution is None:
@@ -259,7 +281,8 @@ class Fit:
         simulation = self._simulate(least.chosen)
         if self._needed(simulation) <= budget_bytes:
             return least, simulation
-        raise BudgetError(budget_bytes, self._needed(simulation), simulation.breakdown)
+        blame = self.accounting.blame(simulation)
+        raise BudgetError(budget_bytes, self._needed(simulation), blame)
 
     def _cheapest(self, allowed: int) -> Solution | None:
         self._report("choosing what to recompute", 0.6)
@@ -275,19 +298,22 @@ class Fit:
     def _simulate(self, chosen: Iterable[int]) -> Simulation:
         """Run the step under fake tensors with the choice applied."""
         self._report("simulating the plan", 0.8)
-        install(self._model, tuple(self.options[p].region() for p in sorted(chosen)))
+        trace = self._trace_with(tuple(self.options[p].region() for p in sorted(chosen)))
+        return self.accounting.simulation(trace, self._workspace_of(trace.signatures))
+
+    def _trace_with(self, regions: tuple[Region, ...]) -> StepTrace:
+        install(self._model, regions)
         try:
-            trace = capture(
+            return capture(
                 self._model, self._batch, loss=self._loss, optimizer=self._optimizer,
-                drop_saved=False,
+                drop_saved=False, target=self._target,
             )  # fmt: skip
         finally:
             remove(self._model)
-        return summarize(trace, self._workspace_of(trace.signatures))
 
     def _needed(self, simulation: Simulation) -> int:
         """Return the least budget that a simulated plan fits, its margin included."""
-        return simulation.peak_bytes + self._margin(simulation.peak_bytes)
+        return self.accounting.needed_bytes(simulation)
 
     # -- what kernels take for themselves ---------------------------------------------------------
 
@@ -297,13 +323,7 @@ class Fit:
         return dict(measure_workspace(self.trace.signatures)), True
 
     def _workspace_of(self, signatures: Iterable[OpSignature]) -> dict[OpSignature, int]:
-        return dict(measure_workspace(signatures)) if self._is_workspace_known else {}
-
-    def _margin(self, peak_bytes: int) -> int:
-        """Return the bytes that are kept free above a simulated peak."""
-        if self._is_workspace_known:
-            return 0
-        return int(peak_bytes * UNKNOWN_WORKSPACE_MARGIN)
+        return dict(measure_workspace(signatures)) if self.accounting.is_workspace_known else {}
 
     # -- the record -------------------------------------------------------------------------------
 
@@ -313,9 +333,12 @@ class Fit:
         forward = self.cost.forward_seconds
         recomputed = sum(self.options[p].seconds for p in solution.chosen)
         fraction = recomputed / forward if forward else 0.0
-        bound = lower_bound_seconds(self.timeline, self.cost, budget_bytes) / forward
+        allowed = self.accounting.allowed_bytes(budget_bytes)
+        bound = lower_bound_seconds(self.timeline, self.cost, allowed) / forward
         return Plan(
-            fingerprint=fingerprint(self._model, self._batch, self._loss, self._optimizer),
+            fingerprint=fingerprint(
+                self._model, self._batch, self._loss, self._optimizer, self.trace.device_type
+            ),
             budget_bytes=budget_bytes,
             predicted_peak_bytes=simulation.peak_bytes,
             keep_all_peak_bytes=self.keep_all_peak_bytes,
@@ -329,7 +352,12 @@ class Fit:
             regions=self._regions(solution.chosen),
             hazards=self._hazards,
             breakdown=simulation.breakdown,
-            margin_bytes=self._margin(simulation.peak_bytes),
+            margin_bytes=self.accounting.margin_bytes(
+                simulation.reserved_bytes or simulation.peak_bytes
+            ),
+            device=self.cost_model.device.name,
+            predicted_reserved_bytes=simulation.reserved_bytes,
+            outside_bytes=self.accounting.outside_bytes,
             cost_source=self.cost_model.source,
             plan_seconds=seconds,
             notes=self._notes(solution, budget_bytes),
@@ -361,11 +389,9 @@ class Fit:
                 f"The budget of {format_bytes(budget_bytes)} is at or above the keep-everything "
                 f"peak of {format_bytes(self.keep_all_peak_bytes)}: nothing is recomputed."
             )
-        if not self._is_workspace_known:
-            notes.append(
-                "Kernels' own workspace could not be measured on this device: "
-                f"{UNKNOWN_WORKSPACE_MARGIN:.0%} of the peak is kept free for it."
-            )
+        margin = self.accounting.note()
+        if margin is not None:
+            notes.append(margin)
         elif self._workspace:
             notes.append(
                 f"Kernels' own workspace was measured here for {len(self._workspace)} op shapes "

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from remat.prove.allocator_rules import AllocatorOptions
 from remat.prove.caching import Block, CachingAllocator, OutOfReservedMemoryError
 from remat.trace.records import (
+    BACKWARD,
     BASE_KINDS,
+    FORWARD,
     OPTIMIZER,
     OPTIMIZER_STATE,
     OpSignature,
@@ -18,6 +20,7 @@ from remat.trace.records import (
 # Adam's counters of steps, one scalar for each parameter, stay on the CPU.
 _HOST_SCALAR_BYTES = 8
 NUM_STEPS = 2
+WORKSPACE, LIBRARY = -1, -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,10 @@ class AllocatorPeaks:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A storage of the trace that is allocated or freed; `storage` -1 is a kernel's workspace."""
+    """A storage of the trace that is allocated or freed.
+
+    `storage` -1 is a kernel's workspace, what is below are those that libraries keep.
+    """
 
     tick: int
     is_free: bool
@@ -63,8 +69,8 @@ def step_events(
     for number, op in enumerate(trace.ops):
         size = (workspace or {}).get(trace.signatures[op.signature], 0)
         if size:
-            ordered.append((op.tick, 1, number, Event(op.tick, False, -1, size)))
-            ordered.append((op.tick, 2, number, Event(op.tick, True, -1, size)))
+            ordered.append((op.tick, 1, number, Event(op.tick, False, WORKSPACE, size)))
+            ordered.append((op.tick, 2, number, Event(op.tick, True, WORKSPACE, size)))
     ordered.sort(key=lambda item: item[:3])
     return tuple(event for *_, event in ordered)
 
@@ -74,6 +80,7 @@ def replay_step(
     options: AllocatorOptions | None = None,
     *,
     workspace: Mapping[OpSignature, int] | None = None,
+    library_bytes: int = 0,
     num_steps: int = NUM_STEPS,
 ) -> AllocatorPeaks:
     """Return the peaks of training steps from a fresh process on.
@@ -88,8 +95,13 @@ def replay_step(
     trace: of the step, with `drop_saved=False` and any plan applied.
     options: the allocator's settings, by default PyTorch's own.
     workspace: bytes that kernels take from the allocator while they run.
+    library_bytes: what cuBLAS takes and keeps, once for forward and once for backward, whose thread
+        has a handle of its own.
     """
-    return replay(trace, CachingAllocator(options), workspace=workspace, num_steps=num_steps)
+    return replay(
+        trace, CachingAllocator(options), workspace=workspace, library_bytes=library_bytes,
+        num_steps=num_steps,
+    )  # fmt: skip
 
 
 def replay(
@@ -97,6 +109,7 @@ def replay(
     allocator: CachingAllocator,
     *,
     workspace: Mapping[OpSignature, int] | None = None,
+    library_bytes: int = 0,
     num_steps: int = NUM_STEPS,
     observe: Observer = lambda _event, _block: None,
 ) -> AllocatorPeaks:
@@ -107,29 +120,28 @@ def replay(
         held[event.storage] = allocator.allocate(event.size_bytes)
         observe(event, held[event.storage])
 
-    base = _base_events(trace, is_state=False)
-    state = _base_events(trace, is_state=True)
+    late = [  # made once, when the first step comes to them, and kept
+        *_library_events(trace, library_bytes),
+        *_base_events(trace, trace.phase_start.get(OPTIMIZER, trace.num_ticks), is_state=True),
+    ]
+    late.reverse()
     events = step_events(trace, workspace)
-    begin = trace.phase_start.get(OPTIMIZER, trace.num_ticks)
     fits = True
     try:
-        for event in base:
+        for event in _base_events(trace, 0, is_state=False):
             allocate(event)
         for _ in range(num_steps):
             for event in events:
-                if state and event.tick >= begin:
-                    for made in state:
-                        allocate(made)
-                    state = []
+                while late and late[-1].tick <= event.tick:
+                    allocate(late.pop())
                 if event.is_free:
                     block = held.pop(event.storage)
                     observe(event, block)
                     allocator.free(block)
                 else:
                     allocate(event)
-            for made in state:  # an optimizer that allocates nothing else
-                allocate(made)
-            state = []
+            while late:  # of an optimizer that allocates nothing else
+                allocate(late.pop())
     except OutOfReservedMemoryError:
         fits = False
     return AllocatorPeaks(
@@ -140,12 +152,22 @@ def replay(
     )
 
 
-def _base_events(trace: StepTrace, *, is_state: bool) -> list[Event]:
+def _base_events(trace: StepTrace, tick: int, *, is_state: bool) -> list[Event]:
     """List what lives through the step: the optimizer's state, or the rest."""
     return [
-        Event(0, False, number, storage.size_bytes)
+        Event(tick, False, number, storage.size_bytes)
         for number, storage in enumerate(trace.storages)
         if storage.kind in BASE_KINDS
         and (storage.kind == OPTIMIZER_STATE) is is_state
         and storage.size_bytes > (_HOST_SCALAR_BYTES if is_state else 0)
+    ]
+
+
+def _library_events(trace: StepTrace, library_bytes: int) -> list[Event]:
+    """List the workspaces that a library takes and keeps, by the phase whose thread needs one."""
+    starts = [trace.phase_start[phase] for phase in (FORWARD, BACKWARD)]
+    return [
+        Event(tick, False, LIBRARY - number, library_bytes)
+        for number, tick in enumerate(starts)
+        if library_bytes
     ]

@@ -32,6 +32,7 @@ def memory_snapshot(
     options: AllocatorOptions | None = None,
     *,
     workspace: Mapping[OpSignature, int] | None = None,
+    library_bytes: int = 0,
     num_steps: int = NUM_STEPS,
 ) -> dict[str, Any]:
     """Replay steps and return them as a PyTorch memory snapshot of one device.
@@ -60,7 +61,10 @@ def memory_snapshot(
 
     owners: dict[int, list[dict[str, Any]]] = {}
     allocator = CachingAllocator(options, on_segment)
-    replay(trace, allocator, workspace=workspace, num_steps=num_steps, observe=observe)
+    replay(
+        trace, allocator, workspace=workspace, library_bytes=library_bytes, num_steps=num_steps,
+        observe=observe,
+    )  # fmt: skip
     segments = [_segment(block, options, owners) for block in allocator.segments.values()]
     return {
         "segments": [segment for segment in segments if segment["total_size"]],

@@ -31,6 +31,7 @@ FLOORS = (
     {"regions"},
     {"prove"},
     {"fit"},
+    {"sizing"},
     {"runs"},
     {"report"},
     {"evaluation"},

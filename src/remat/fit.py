@@ -161,6 +161,7 @@ class Fit:
         cost: CostModel | None = None,
         time_limit_s: float = 8.0,
         progress: Progress | None = None,
+        trace: StepTrace | None = None,
     ) -> None:
         started = time.monotonic()
         self._report = progress or (lambda _what, _share: None)
@@ -175,7 +176,10 @@ class Fit:
             cost = CostModel(device=device)
         self._target = target_of(cost.device, device_type_of(model))
         self._report("tracing one training step", 0.0)
-        self.trace = capture(model, batch, loss=loss, optimizer=optimizer, target=self._target)
+        # A trace that is given follows from others; it stands for one of this model and batch.
+        self.trace = trace or capture(
+            model, batch, loss=loss, optimizer=optimizer, target=self._target
+        )
         self._report("pricing ops", 0.3)
         self._workspace, is_workspace_known = self._kernel_workspace()
         self.accounting = Accounting(

@@ -86,8 +86,11 @@ class Accounting:
 
     def needed_bytes(self, simulation: Simulation) -> int:
         """Return the least budget that a simulated plan fits, context and margin included."""
-        held = simulation.reserved_bytes or simulation.peak_bytes
-        return held + self.outside_bytes + self.margin_bytes(held)
+        return self.needed_for(simulation.reserved_bytes or simulation.peak_bytes)
+
+    def needed_for(self, held_bytes: int) -> int:
+        """Return the least budget of a step that holds so much by itself."""
+        return held_bytes + self.outside_bytes + self.margin_bytes(held_bytes)
 
     def blame(self, simulation: Simulation) -> dict[str, int]:
         """Return what fills the device by kind, with what is held outside the step."""

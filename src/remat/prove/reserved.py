@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from remat.prove.allocator_rules import AllocatorOptions
@@ -47,6 +47,11 @@ class Event:
 
 
 Observer = Callable[[Event, Block], None]
+
+
+def event_order(event: Event) -> tuple[int, bool]:
+    """Sort events: within a tick, what is made comes before what is freed."""
+    return event.tick, event.is_free
 
 
 def step_events(
@@ -111,9 +116,13 @@ def replay(
     workspace: Mapping[OpSignature, int] | None = None,
     library_bytes: int = 0,
     num_steps: int = NUM_STEPS,
+    events: Sequence[Event] | None = None,
     observe: Observer = lambda _event, _block: None,
 ) -> AllocatorPeaks:
-    """Run steps through an allocator; see `replay_step`. `observe` is told of each block."""
+    """Run steps through an allocator; see `replay_step`. `observe` is told of each block.
+
+    `events` are those of the trace itself unless given.
+    """
     held: dict[int, Block] = {}
 
     def allocate(event: Event) -> None:
@@ -125,7 +134,8 @@ def replay(
         *_base_events(trace, trace.phase_start.get(OPTIMIZER, trace.num_ticks), is_state=True),
     ]
     late.reverse()
-    events = step_events(trace, workspace)
+    if events is None:
+        events = step_events(trace, workspace)
     fits = True
     try:
         for event in _base_events(trace, 0, is_state=False):

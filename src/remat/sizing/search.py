@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 LARGEST = 2**20
+_MOST_GROWTH = 64
 
 
 def largest_fitting(
@@ -41,13 +42,16 @@ def largest_fitting(
         fits(min(2 * low, high - 1))
     halves = False
     while high - low > 1:
-        guess = (low + high) // 2
+        # Nothing is known above the largest size tried: go there in steps.
+        bounded = high <= most
+        guess = (low + high) // 2 if bounded else 2 * low
         if not halves and len(points) > 1:
             (a, needs_a), (b, needs_b) = points[-2:]
             slope = (needs_b - needs_a) / (b - a)
             if slope > 0:
                 guess = b + int((available_bytes - needs_b) / slope)
-        guess = min(max(guess, low + 1), high - 1)
+        ceiling = high - 1 if bounded else min(high - 1, _MOST_GROWTH * low)
+        guess = min(max(guess, low + 1), ceiling)
         before = high - low
         fits(guess)
         # The secant creeps where what is needed has a bend: halve then, in turn.

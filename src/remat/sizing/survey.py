@@ -139,8 +139,9 @@ class Sizer:
     def _fit(self, size: int) -> Fit:
         subject = self._subject
         trace = self._scaled.at(size)
+        # The trace stands for the step: the batch itself, which may be large, is not made.
         return Fit(
-            subject.model, subject.make_batch(size), loss=subject.loss,
+            subject.model, subject.make_batch(subject.small), loss=subject.loss,
             optimizer=subject.optimizer, device=self._device, time_limit_s=_SOLVE_S,
             trace=shard(trace, subject.shards),
         )  # fmt: skip
@@ -156,9 +157,11 @@ class Sizer:
 
     def needed(self, mode: Mode, size: int) -> int:
         """Return the bytes that a step needs in a mode; of `PLANNED`, the least of all modes."""
-        modes = list(Mode) if mode is Mode.PLANNED else [mode]
-        least = needed_bytes(self.at(size), self.chosen(modes[0], size))
-        for other in modes[1:]:
+        if mode is not Mode.PLANNED:
+            return needed_bytes(self.at(size), self.chosen(mode, size))
+        # The least peak by the timeline first; reserved bytes may order choices otherwise.
+        least = needed_bytes(self.at(size), self.chosen(mode, size))
+        for other in (Mode.ALL_BLOCKS, Mode.NOTHING):
             if least <= self.available_bytes:
                 break
             least = min(least, needed_bytes(self.at(size), self.chosen(other, size)))

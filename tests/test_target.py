@@ -187,9 +187,9 @@ def test_kernels_are_the_cpus_again_behind_the_trace():
 def test_optimizers_take_all_tensors_at_once_on_cuda(optimizer, arguments, expected):
     """What an optimizer leaves open becomes what it chooses on CUDA; what is said stays."""
     made = optimizer([nn.Parameter(torch.zeros(3))], **arguments)
-    default_to_foreach(made, A100)
+    default_to_foreach(made, "cuda")
     assert made.param_groups[0].get("foreach", "absent") is expected
-    default_to_foreach(made, MPS)
+    default_to_foreach(made, "mps")
     assert made.param_groups[0].get("foreach", "absent") is expected
 
 

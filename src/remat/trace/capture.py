@@ -133,6 +133,7 @@ def _capture(
 ) -> StepTrace:
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     recorder = Recorder(mode, drop_saved=drop_saved)
+    device_type = _device_type(model) if target is None else target.device_type
     translate: Callable[[Tensor], Tensor]
     with contextlib.ExitStack() as stack:
         if mode is not None:
@@ -142,7 +143,7 @@ def _capture(
             batch = map_tensors(batch, translate)
             stack.enter_context(_branches_as_on_real_tensors())
             stack.enter_context(mode)
-            stack.enter_context(_fake_random_state(is_on_host=target is not None))
+            stack.enter_context(_fake_random_state(is_on_host=device_type != "cpu"))
             stack.enter_context(ops_of(target))
         else:
             stack.enter_context(untouched(model))
@@ -155,7 +156,7 @@ def _capture(
         buffer_names = _register_base(recorder, model, batch)
         stack.enter_context(_recorded_calls(recorder, model))
         optimizer_object = make_optimizer(optimizer, model, translate)
-        default_to_foreach(optimizer_object, target)
+        default_to_foreach(optimizer_object, device_type)
         try:
             _run(recorder, model, batch, loss, optimizer_object)
         except (*_NEEDS_VALUES, RematError):
@@ -173,7 +174,7 @@ def _capture(
         num_ticks=recorder.tick + 1,
         phase_start=recorder.phase_start,
         buffer_names=buffer_names,
-        device_type=_device_type(model) if target is None else target.device_type,
+        device_type=device_type,
     )
 
 

@@ -249,13 +249,13 @@ def _efficient(
     )[0]
 
 
-def default_to_foreach(optimizer: torch.optim.Optimizer | None, target: Target | None) -> None:
-    """Set what an optimizer would choose by itself on the target: on CUDA, all tensors at once.
+def default_to_foreach(optimizer: torch.optim.Optimizer | None, device_type: str) -> None:
+    """Set what an optimizer would choose by itself on a device: on CUDA, all tensors at once.
 
-    See `_default_to_fused_or_foreach` in `torch/optim/optimizer.py`; Adam with a tensor for its
-    learning rate stays as it is.
+    See `_default_to_fused_or_foreach` in `torch/optim/optimizer.py`, which looks at types and finds
+    fakes to be none of torch's own; Adam with a tensor for its learning rate stays as it is.
     """
-    if optimizer is None or target is None or target.device_type != "cuda":
+    if optimizer is None or device_type != "cuda":
         return
     for group in optimizer.param_groups:
         is_open = "foreach" in group and group["foreach"] is None

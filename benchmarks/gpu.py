@@ -125,11 +125,15 @@ def accuracy(entry: Any, device: torch.device, row: str, *, autocast: bool) -> d
         "predicted_seconds": keep.step_seconds,
         "measured": run_steps(subject),
     }
-    if not autocast:  # without the device, autocast's lists are the CPU's
-        away = entry.build(device="meta")
-        plan = Fit(away.model, away.batch, loss=away.loss, device=row).policy(_keep_all())
-        found["away_allocated"] = plan.predicted_peak_bytes
-        found["away_reserved"] = plan.predicted_reserved_bytes
+    away = entry.build(device="meta")
+
+    def loss_away(model: Any, batch: Any) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return compute_loss(model, batch, away.loss)
+
+    plan = Fit(away.model, away.batch, loss=loss_away, device=row).policy(_keep_all())
+    found["away_allocated"] = plan.predicted_peak_bytes
+    found["away_reserved"] = plan.predicted_reserved_bytes
     with contextlib.suppress(remat.BudgetError):
         plan = fit.plan("80%")
         with remat.apply(subject.model, plan):

@@ -259,3 +259,32 @@ def test_cli_plans_for_a_device_and_writes_its_timeline(run_cli, write_workload,
     done = run_cli("plan", write_workload(), "--device", "l4", "--memory-timeline", "step.txt")
     assert done.code == 2
     assert "ends in .json or .pickle" in done.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_of_cuda_casts_as_on_cuda(dtype):
+    """Under the device's autocast products are half, norms and softmaxes in float32."""
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = (
+                nn.Linear(64, 64),
+                nn.LayerNorm(64),
+                nn.Linear(64, 64),
+            )
+            self.mixer = Mixer(torch.float32)
+
+        def forward(self, x):
+            with torch.autocast(device_type="cuda", dtype=dtype):
+                seen.append(self.first(x).dtype)
+                seen.append(self.norm(self.first(x)).dtype)
+                seen.append(torch.softmax(self.last(x), -1).dtype)
+                return self.mixer(x) + self.last(self.norm(self.first(x)))
+
+    seen = []
+    trace = capture(Small(), torch.randn(2, 16, 64), loss=square_mean, target=A100)
+    assert seen == [dtype, torch.float32, torch.float32]
+    assert names(trace)["_scaled_dot_product_flash_attention_backward"] == 1
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.autocast("cpu").device == "cpu"

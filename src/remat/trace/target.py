@@ -29,6 +29,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from remat.trace.autocasting import autocast_on_the_cpu, cast_as_on_cuda
+
 # Any: ops take what their schemas say, and torch's library of kernels is untyped.
 
 _aten = torch.ops.aten
@@ -158,8 +160,10 @@ def ops_of(target: Target | None) -> Iterator[None]:
         warnings.simplefilter("ignore")
         library.impl("dropout", _dropout, "AutogradCPU")
         library.impl("scaled_dot_product_attention", _attention_of(target), "AutogradCPU")
+        cast_as_on_cuda(library)
     try:
-        yield
+        with autocast_on_the_cpu(target.device_type):
+            yield
     finally:
         library._destroy()
 

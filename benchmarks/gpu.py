@@ -170,7 +170,7 @@ def contenders(entry: Any, device: torch.device, row: str) -> dict[str, Any]:
         found[name] = measured | {"tokens_per_second": subject.tokens / measured["median_seconds"]}
         if "reserved" not in measured:
             continue
-        budget = measured["reserved"] + fit.accounting.outside_bytes
+        budget = measured["reserved"] + fit.plain.accounting.outside_bytes
         ours = Subject(entry, device, autocast=device.type == "cuda")
         with contextlib.suppress(remat.BudgetError):
             with remat.apply(ours.model, fit.plan(budget)):

@@ -23,16 +23,15 @@ import numpy as np
 import torch
 
 import remat
+from benchmarks.runner import Data, path_of, read, write
 from benchmarks.shapes import Case
 from benchmarks.zoo import ZOO
 from remat.cost.devices import find_device
-from remat.files import write_atomically
 from remat.fit import Fit
 from remat.planner.policies import KeepAll, simple_policies
 from remat.units import MIB
 
-# Any: stages exchange JSON.
-Data = dict[str, Any]
+# Any: a device, or its name.
 
 DROPOUT = 0.1
 _TIMING_ROUNDS = 5
@@ -67,11 +66,6 @@ def main() -> None:
     _STAGES[arguments.stage](arguments.model, arguments)
 
 
-def path_of(work: Path, model: str, stage: str, index: int | None = None) -> Path:
-    """Return the file that a stage writes."""
-    return work / f"{model}.{stage}{'' if index is None else f'-{index}'}.json"
-
-
 # -- planning ---------------------------------------------------------------------------------
 
 
@@ -79,7 +73,7 @@ def bounds(model: str, arguments: argparse.Namespace) -> None:
     """Find the least reachable and the keep-everything peak, and the budgets between them."""
     case = ZOO[model].build()
     least = remat.frontier(case.model, case.batch, points=1, loss=case.loss, optimizer=adamw)[0]
-    _write(
+    write(
         path_of(arguments.work, model, "bounds"),
         {
             "keep_all_bytes": least.keep_all_peak_bytes,
@@ -92,8 +86,8 @@ def bounds(model: str, arguments: argparse.Namespace) -> None:
 
 def plan(model: str, arguments: argparse.Namespace) -> None:
     """Plan one of the budgets, from nothing, as a user would."""
-    budget = _read(path_of(arguments.work, model, "bounds"))["budgets"][arguments.index]
-    _write(
+    budget = read(path_of(arguments.work, model, "bounds"))["budgets"][arguments.index]
+    write(
         path_of(arguments.work, model, "plan", arguments.index),
         _planned(ZOO[model].build(), budget),
     )
@@ -104,7 +98,7 @@ def policies(model: str, arguments: argparse.Namespace) -> None:
     case = ZOO[model].build()
     fit = Fit(case.model, case.batch, loss=case.loss, optimizer=adamw)
     rows = []
-    for policy in (KeepAll(), *simple_policies(len(fit.blocks))):
+    for policy in (KeepAll(), *simple_policies(len(fit.plain.blocks))):
         made = fit.policy(policy)
         rows.append(
             {
@@ -114,11 +108,11 @@ def policies(model: str, arguments: argparse.Namespace) -> None:
                 "seconds": made.recompute_seconds,
             }
         )
-    _write(
+    write(
         path_of(arguments.work, model, "policies"),
         {
-            "blocks": [fit.options[position].module for position in fit.blocks],
-            "all_blocks": _text_of(fit.policy(simple_policies(len(fit.blocks))[0])),
+            "blocks": [fit.plain.options[position].module for position in fit.plain.blocks],
+            "all_blocks": _text_of(fit.policy(simple_policies(len(fit.plain.blocks))[0])),
             "rows": rows,
         },
     )
@@ -126,7 +120,7 @@ def policies(model: str, arguments: argparse.Namespace) -> None:
 
 def sweep(model: str, arguments: argparse.Namespace) -> None:
     """Plan many budgets, each from nothing: more must never cost more."""
-    found = _read(path_of(arguments.work, model, "bounds"))
+    found = read(path_of(arguments.work, model, "bounds"))
     case = ZOO[model].build()
     rows = []
     for budget in np.linspace(
@@ -135,7 +129,7 @@ def sweep(model: str, arguments: argparse.Namespace) -> None:
         row = _planned(case, int(budget))
         row.pop("plan", None)
         rows.append(row)
-    _write(path_of(arguments.work, model, "sweep"), {"rows": rows})
+    write(path_of(arguments.work, model, "sweep"), {"rows": rows})
 
 
 def targets(model: str, arguments: argparse.Namespace) -> None:
@@ -145,7 +139,7 @@ def targets(model: str, arguments: argparse.Namespace) -> None:
     cheap = dataclasses.replace(
         find_device("cpu"), region_overhead_s=60e-6, saved_tensor_overhead_s=0.0
     )
-    keep_all_mib = _read(path_of(arguments.work, model, "bounds"))["keep_all_bytes"] / MIB
+    keep_all_mib = read(path_of(arguments.work, model, "bounds"))["keep_all_bytes"] / MIB
     workspace_mib = max(0.0, keep_all_mib - WITHOUT_WORKSPACE_MIB.get(model, keep_all_mib))
     rows = []
     for asked_mib, (simple, submodules) in PROTOTYPE.get(model, {}).items():
@@ -163,7 +157,7 @@ def targets(model: str, arguments: argparse.Namespace) -> None:
                 "error": ours.get("error"),
             }
         )
-    _write(path_of(arguments.work, model, "targets"), {"rows": rows})
+    write(path_of(arguments.work, model, "targets"), {"rows": rows})
 
 
 # -- the real thing ---------------------------------------------------------------------------
@@ -174,14 +168,14 @@ def measure(model: str, arguments: argparse.Namespace) -> None:
     case = ZOO[model].build()
     text = None
     if arguments.index >= 0:
-        text = _read(path_of(arguments.work, model, "plan", arguments.index)).get("plan")
+        text = read(path_of(arguments.work, model, "plan", arguments.index)).get("plan")
     if arguments.index >= 0 and text is None:
-        _write(path_of(arguments.work, model, "measure", arguments.index), {"peak_bytes": None})
+        write(path_of(arguments.work, model, "measure", arguments.index), {"peak_bytes": None})
         return
     if text is not None:
         remat.apply(case.model, _plan_of(text))
     measured = _measure(case, steps=1)
-    _write(
+    write(
         path_of(arguments.work, model, "measure", arguments.index),
         {"peak_bytes": measured.peak_bytes, "seconds": measured.median_seconds},
     )
@@ -194,11 +188,11 @@ def verify(model: str, arguments: argparse.Namespace) -> None:
     cached = path_of(arguments.work, model, "verify-bounds")
     if not cached.exists():
         least = remat.frontier(case.model, case.batch, points=1, **common)[0]
-        _write(cached, {"budgets": _between(least, arguments.points)})
-    budget = _read(cached)["budgets"][arguments.index]
+        write(cached, {"budgets": _between(least, arguments.points)})
+    budget = read(cached)["budgets"][arguments.index]
     made = remat.plan(case.model, case.batch, budget, **common)
     proof = remat.verify(case.model, case.batch, made, **common)
-    _write(
+    write(
         path_of(arguments.work, model, "verify", arguments.index),
         {
             "asked_bytes": budget,
@@ -222,10 +216,10 @@ def times(model: str, arguments: argparse.Namespace) -> None:
     case = ZOO[model].build()
     contenders: dict[str, str | None] = {
         "nothing": None,
-        "all blocks": _read(path_of(arguments.work, model, "policies"))["all_blocks"],
+        "all blocks": read(path_of(arguments.work, model, "policies"))["all_blocks"],
     }
     for index in range(arguments.points):
-        text = _read(path_of(arguments.work, model, "plan", index)).get("plan")
+        text = read(path_of(arguments.work, model, "plan", index)).get("plan")
         if text is not None:
             contenders[str(index)] = text
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -240,7 +234,7 @@ def times(model: str, arguments: argparse.Namespace) -> None:
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4)
         rows[name] = {"median_s": middle, "iqr_s": high - low, "rounds": len(values)}
-    _write(path_of(arguments.work, model, "times"), rows)
+    write(path_of(arguments.work, model, "times"), rows)
 
 
 def abstract(model: str, arguments: argparse.Namespace) -> None:
@@ -249,7 +243,7 @@ def abstract(model: str, arguments: argparse.Namespace) -> None:
     case = ZOO[model].build(device="meta")
     built = time.monotonic()
     made = remat.plan(case.model, case.batch, "70%", loss=case.loss, optimizer=adamw)
-    _write(
+    write(
         path_of(arguments.work, model, "abstract"),
         {
             "parameters": sum(p.numel() for p in case.model.parameters()),
@@ -313,14 +307,6 @@ def _text_of(made: remat.Plan) -> str:
 
 def _plan_of(text: str) -> remat.Plan:
     return remat.Plan.from_data(json.loads(text), source="the benchmark's own plan")
-
-
-def _read(path: Path) -> Data:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, data: Data) -> None:
-    write_atomically(path, json.dumps(data, indent=1) + "\n")
 
 
 _STAGES: dict[str, Callable[[str, argparse.Namespace], None]] = {

@@ -30,6 +30,8 @@ FLOORS = (
     {"planner"},
     {"regions"},
     {"prove"},
+    {"program"},
+    {"rewriting"},
     {"fit"},
     {"sizing"},
     {"runs"},

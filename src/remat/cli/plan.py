@@ -47,6 +47,16 @@ def command(
             "terminal, unless given; 0 leaves it out. With --json only where given.",
         ),
     ] = None,
+    chunks: Annotated[
+        bool | None,
+        typer.Option(
+            "--chunks/--no-chunks",
+            show_default=False,
+            help="Run a projection to classes and its loss in slices wherever that is cheaper, or "
+            "never. Unless given: where the budget cannot be met otherwise. Gradients then differ "
+            "in rounding.",
+        ),
+    ] = None,
     hf_config: Annotated[
         str | None,
         typer.Option(
@@ -112,6 +122,7 @@ def command(
                 inputs.model,
                 inputs.batch,
                 device=device,
+                chunks=chunks,
                 progress=progress.by_share,
                 **inputs.step,
             )

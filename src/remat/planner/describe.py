@@ -76,6 +76,10 @@ def figures(plan: Plan) -> Iterator[tuple[str, str, str]]:
     saved = plan.keep_all_peak_bytes - held
     remark = f"{format_bytes(saved)} more than planned" if saved > 0 else "the same"
     yield "keep-everything peak", format_bytes(plan.keep_all_peak_bytes), remark
+    if plan.rewrites:
+        count = len(plan.rewrites)
+        told = f"{plan.rewrites[0].module}: {plan.rewrites[0].reason}"
+        yield "in slices", f"{count} {'module' if count == 1 else 'modules'}", told
     source = f" ({plan.cost_source})" if plan.cost_source else ""
     extra = (
         f"{format_seconds(plan.recompute_seconds)} more than" if plan.regions else "no more than"

@@ -36,10 +36,14 @@ class Verification(Record):
 
     `identical`: equal bit for bit. `within_noise`: the unplanned model itself is not reproducible,
     and the planned step differs from it no more than two unplanned steps do from each other.
+    `within_rounding`: the plan runs modules in slices, and only the loss and the gradients that it
+    names differ, by no more than `tolerance` allows for sums in another order.
     """
 
     identical: bool
     within_noise: bool
+    within_rounding: bool = False
+    tolerance: float = 0.0
     passed: bool
     differences: tuple[Difference, ...]
     noise: tuple[Difference, ...] = ()

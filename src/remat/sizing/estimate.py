@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from remat.fit import Fit
 from remat.planner.timeline import Timeline
+from remat.program import Program
 from remat.prove.caching import CachingAllocator
 from remat.prove.reserved import Event, event_order, replay
 from remat.trace.records import BASE_KINDS
 
 
-def needed_bytes(fit: Fit, chosen: Collection[int]) -> int:
+def needed_bytes(program: Program, chosen: Collection[int]) -> int:
     """Return the least budget that holds a step under the chosen options.
 
     Equal to what a simulation of the step gives where nothing is recomputed; with regions, the
     working set of a recomputation is taken as one block.
     """
-    accounting = fit.accounting
-    peak = fit.timeline.curve(chosen).peak_bytes
+    accounting = program.accounting
+    peak = program.timeline.curve(chosen).peak_bytes
     if not accounting.counts_reserved:
         return accounting.needed_for(peak)
     peaks = replay(
-        fit.trace,
+        program.trace,
         CachingAllocator(accounting.options),
-        events=timeline_events(fit.timeline, frozenset(chosen)),
+        events=timeline_events(program.timeline, frozenset(chosen)),
         library_bytes=accounting.library_bytes,
     )
     return accounting.needed_for(peaks.reserved_bytes)
@@ -45,9 +45,8 @@ def timeline_events(timeline: Timeline, chosen: frozenset[int]) -> tuple[Event, 
             fresh += 1
     for position in chosen:
         option = timeline.options[position]
-        held = (option.held_bytes, option.start, option.release)
-        working = (option.replay_bytes, option.recompute_at, option.recompute_at)
-        for size, start, end in (held, working):
+        working = tuple((tick, tick, size) for tick, size in option.replays)
+        for start, end, size in (*option.kept, *working):
             if size > 0:
                 spans.append((fresh, size, start, end))
                 fresh += 1

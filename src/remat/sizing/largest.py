@@ -45,7 +45,8 @@ def largest_batch(
     """Find the largest batch whose training step a plan keeps within a budget, and that plan.
 
     Steps of two small batches are traced, from which those of any batch follow; the largest is
-    planned as `remat.plan` would, and made smaller where that finds it too large.
+    planned as `remat.plan` would without slices, so that gradients stay the same bit for bit, and
+    made smaller where that finds it too large.
 
     Arguments
     ---------
@@ -78,7 +79,8 @@ def largest_batch(
 
     def planned(number: int) -> Plan:
         return Fit(
-            model, make_batch(number), loss=loss, optimizer=optimizer, device=row
+            model, make_batch(number), loss=loss, optimizer=optimizer, device=row,
+            chunks=False,
         ).plan(budget_bytes)  # fmt: skip
 
     while True:

@@ -11,7 +11,8 @@ from torch import nn
 
 from remat.cost.devices import Device
 from remat.errors import BudgetError, WorkloadError
-from remat.fit import Fit, Progress
+from remat.fit import Progress
+from remat.program import Program, Step
 from remat.prove.accounting import target_of
 from remat.regions.fingerprint import device_type_of
 from remat.sizing.estimate import needed_bytes
@@ -130,30 +131,32 @@ class Sizer:
         self.available_bytes = available_bytes
         self._target = target_of(device, device_type_of(subject.model))
         self._scaled = self._between(subject.small, subject.large)
-        self.at = functools.lru_cache(maxsize=8)(self._fit)
+        self.at = functools.lru_cache(maxsize=8)(self._program)
 
     def _between(self, small: int, large: int) -> ScaledTraces:
         first, second = (self._subject.trace(self._target, size) for size in (small, large))
         return ScaledTraces(first, second, small, large)
 
-    def _fit(self, size: int) -> Fit:
+    def _program(self, size: int) -> Program:
         subject = self._subject
         trace = self._scaled.at(size)
         # The trace stands for the step: the batch itself, which may be large, is not made.
-        return Fit(
-            subject.model, subject.make_batch(subject.small), loss=subject.loss,
-            optimizer=subject.optimizer, device=self._device, time_limit_s=_SOLVE_S,
-            trace=shard(trace, subject.shards),
+        step = Step(
+            subject.model, subject.make_batch(subject.small), subject.loss, subject.optimizer
+        )
+        return Program(
+            step, device=self._device, cost=None, time_limit_s=_SOLVE_S,
+            report=lambda _what, _share: None, trace=shard(trace, subject.shards),
         )  # fmt: skip
 
     def chosen(self, mode: Mode, size: int) -> frozenset[int]:
         """Return the options of a mode; of `PLANNED`, those with the least peak."""
-        fit = self.at(size)
+        program = self.at(size)
         if mode is Mode.NOTHING:
             return frozenset()
         if mode is Mode.ALL_BLOCKS:
-            return frozenset(fit.blocks)
-        return fit.solver.least_peak([frozenset(fit.blocks)]).chosen
+            return frozenset(program.blocks)
+        return program.solver.least_peak([frozenset(program.blocks)]).chosen
 
     def needed(self, mode: Mode, size: int) -> int:
         """Return the bytes that a step needs in a mode; of `PLANNED`, the least of all modes."""
@@ -178,18 +181,18 @@ class Sizer:
         """Return what a mode recomputes at a size; of `PLANNED`, the cheapest that fits."""
         if mode is not Mode.PLANNED:
             return self.chosen(mode, size)
-        fit = self.at(size)
+        program = self.at(size)
         known = [self.chosen(m, size) for m in Mode]
-        allowed = fit.accounting.allowed_bytes(self.available_bytes)
+        allowed = program.accounting.allowed_bytes(self.available_bytes)
         for _ in range(4):
-            found = fit.solver.cheapest(allowed, known)
+            found = program.solver.cheapest(allowed, known)
             if found is None:
                 break
-            excess = needed_bytes(fit, found.chosen) - self.available_bytes
+            excess = needed_bytes(program, found.chosen) - self.available_bytes
             if excess <= 0:
                 return found.chosen
             allowed -= excess
-        return min(known, key=lambda chosen: needed_bytes(fit, chosen))
+        return min(known, key=lambda chosen: needed_bytes(program, chosen))
 
     def refine(self, size: int) -> bool:
         """Trace the step of a size itself; say whether it differs from what was taken for it."""
@@ -225,17 +228,17 @@ def _sizes(subject: Subject, sizer: Sizer) -> list[Size]:
         known = max((s.largest for s in sizes), default=0) if mode is Mode.PLANNED else 0
         largest = sizer.largest(mode, known)
         at = max(largest, 1)
-        fit = sizer.at(at)
+        program = sizer.at(at)
         chosen = sizer.best_choice(mode, at)
-        seconds = fit.cost.step_seconds + fit.solver.cost(chosen)
-        again = sum(fit.options[p].seconds for p in chosen)
+        seconds = program.cost.step_seconds + program.solver.cost(chosen)
+        again = sum(program.options[p].seconds for p in chosen)
         sizes.append(
             Size(
                 mode=mode,
                 largest=largest,
-                needed_bytes=needed_bytes(fit, chosen),
+                needed_bytes=needed_bytes(program, chosen),
                 step_seconds=seconds,
-                recompute_fraction=again / fit.cost.forward_seconds,
+                recompute_fraction=again / program.cost.forward_seconds,
                 samples_per_second=subject.examples(at) * subject.shards / seconds,
             )
         )
@@ -285,13 +288,13 @@ def _refuse(subject: Subject, device: Device) -> None:
     """Say how much is missing for one example on the largest device, and what would help."""
     sizer = Sizer(subject, device, device.available_bytes)
     needed = sizer.needed(Mode.PLANNED, 1)
-    fit = sizer.at(1)
+    program = sizer.at(1)
     blame: dict[str, int] = {}
-    for storage in fit.trace.storages:
+    for storage in program.trace.storages:
         if storage.birth == 0:
             blame[storage.kind] = blame.get(storage.kind, 0) + storage.size_bytes
-    state = sum(s.size_bytes for s in fit.trace.storages if s.kind == "optimizer")
-    gradients = sum(s.size_bytes for s in fit.trace.storages if s.kind == "gradients")
+    state = sum(s.size_bytes for s in program.trace.storages if s.kind == "optimizer")
+    gradients = sum(s.size_bytes for s in program.trace.storages if s.kind == "gradients")
     blame |= {"optimizer": state, "gradients": gradients}
     rest = needed - sum(blame.values())
     error = BudgetError(device.available_bytes, needed, blame | {"the step itself": max(0, rest)})

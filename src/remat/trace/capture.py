@@ -59,6 +59,8 @@ from remat.trace.target import Target, default_to_foreach, ops_of
 
 _log = logging.getLogger(__name__)
 
+_Names = dict[int, tuple[str, ...]]  # of what lies in each storage
+
 _NEEDS_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -153,7 +155,7 @@ def _capture(
             batch = copy.deepcopy(map_tensors(batch, Tensor.detach), memo)
             translate = lambda t: memo.get(id(t), t)  # noqa: E731
             stack.enter_context(_random_state_in_sight(recorder))
-        buffer_names = _register_base(recorder, model, batch)
+        parameter_names, buffer_names = _register_base(recorder, model, batch)
         stack.enter_context(_recorded_calls(recorder, model))
         optimizer_object = make_optimizer(optimizer, model, translate)
         default_to_foreach(optimizer_object, device_type)
@@ -175,6 +177,7 @@ def _capture(
         phase_start=recorder.phase_start,
         buffer_names=buffer_names,
         device_type=device_type,
+        parameter_names=parameter_names,
     )
 
 
@@ -215,11 +218,13 @@ def _run(
         del value
 
 
-def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> dict[int, tuple[str, ...]]:
-    """Note what lives through the whole step; return the names of the buffers by storage."""
-    for parameter in model.parameters():
-        recorder.register(parameter, PARAMETERS)
-    names: dict[int, tuple[str, ...]] = {}
+def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> tuple[_Names, _Names]:
+    """Note what lives through the whole step; return names of parameters, buffers by storage."""
+    parameters: _Names = {}
+    for name, parameter in model.named_parameters():
+        index = recorder.register(parameter, PARAMETERS)
+        parameters[index] = (*parameters.get(index, ()), name)
+    names: _Names = {}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         index = recorder.register(buffer, BUFFERS)
         names[index] = (*names.get(index, ()), name)
@@ -229,7 +234,7 @@ def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> dict[int
         return tensor
 
     map_tensors(batch, note)
-    return names
+    return parameters, names
 
 
 @contextlib.contextmanager

@@ -15,15 +15,21 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils.flop_counter import flop_registry
 
+from remat.trace.leaves import Identities, flatten
 from remat.trace.records import (
     ACTIVATIONS,
     FORWARD,
     TEMPORARIES,
     Call,
     Handle,
+    Leaves,
     Op,
     OpSignature,
     Storage,
@@ -59,9 +65,13 @@ class Packed:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Walk the tensors in nested lists, tuples and mappings."""
+    """Walk the tensors in nested lists, tuples and mappings, and those inside of wrappers."""
     if isinstance(value, Tensor):
-        yield value
+        if is_traceable_wrapper_subclass(value):
+            for name in value.__tensor_flatten__()[0]:
+                yield from tensors_in(getattr(value, name))
+        else:
+            yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
@@ -95,6 +105,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, int] = {}  # address of a storage -> id
         self._watchers: dict[int, weakref.ref[Any]] = {}
         self._call_counts: dict[str, int] = {}
+        self._identities = Identities()
 
     # -- storages ---------------------------------------------------------------------------------
 
@@ -197,11 +208,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._call_counts[module] = count + 1
         index = len(self.calls)
         inputs = tuple(dict.fromkeys(self.register(t, ACTIVATIONS) for t in tensors_in(arguments)))
+        leaves = self._leaves(arguments)
         parent = self.call_stack[-1] if self.call_stack else -1
         self.calls.append(
             Call(
                 module, count, parent, self.tick, len(self.ops), inputs=inputs,
-                uses_grad=torch.is_grad_enabled(), phase=self.phase,
+                arguments=leaves, uses_grad=torch.is_grad_enabled(), phase=self.phase,
             )
         )  # fmt: skip
         self.call_stack.append(index)
@@ -220,6 +232,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call.draws_python_random = python_random_before != python_random_state()
         call.outputs = tuple(
             dict.fromkeys(self.register(t, ACTIVATIONS) for t in tensors_in(outputs))
+        )
+        call.results = self._leaves(outputs)
+
+    def _leaves(self, value: Any) -> Leaves:
+        found, nesting = flatten(value)
+        # A wrapper has no memory of its own: it is an object like any other.
+        where = [
+            (i, leaf)
+            for i, leaf in enumerate(found)
+            if isinstance(leaf, Tensor) and not is_traceable_wrapper_subclass(leaf)
+        ]
+        return Leaves(
+            nesting,
+            tuple(self._identities.of(leaf) for leaf in found),
+            tuple(i for i, _ in where),
+            tuple(self.register(leaf, ACTIVATIONS) for _, leaf in where),
         )
 
     # -- ops --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from benchmarks.peer_step import Reference, examine
 from benchmarks.peers_report import equal_peak, findings, score
 from benchmarks.runner import Data, path_of, read
 from benchmarks.zoo import ZOO
+from remat.fit import Fit
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,9 +127,7 @@ def test_vgg19_reaches_checkmates_optimum() -> None:
     for batch, fits in ((289, True), (290, False)):
         with torch.device("meta"):
             case = checkmate.staged_vgg19(batch=batch)
-        fit = checkmate.StaticFit(
-            case.model, case.batch, loss=case.loss, optimizer=None, device=checkmate.FLOPS_ONLY
-        )
+        fit = Fit(case.model, case.batch, loss=case.loss, optimizer=None, cost=checkmate.STATIC)
         budget = checkmate.our_budget(accounting, case, 143_667_240)
         if fits:
             assert fit.plan(budget).recompute_fraction < 0.2

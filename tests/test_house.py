@@ -33,6 +33,7 @@ FLOORS = (
     {"program"},
     {"rewriting"},
     {"fit"},
+    {"sizing"},
     {"runs"},
     {"report"},
     {"evaluation"},

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from remat.prove.simulate import simulate
     from remat.prove.verify import verify
     from remat.regions.apply import Handle, apply
+    from remat.sizing.largest import LargestBatch, largest_batch
     from remat.workload import Workload
 
 # Public name -> module that defines it; imported on first use: `import remat` loads no torch.
@@ -57,6 +58,8 @@ _HOME = {
     "Region": "remat.planner.records",
     "Device": "remat.cost.devices",
     "load_devices": "remat.cost.devices",
+    "largest_batch": "remat.sizing.largest",
+    "LargestBatch": "remat.sizing.largest",
     "Workload": "remat.workload",
     "ApplyError": "remat.errors",
     "BudgetError": "remat.errors",
@@ -94,6 +97,8 @@ __all__ = [
     "Region",
     "Device",
     "load_devices",
+    "largest_batch",
+    "LargestBatch",
     "Workload",
     "ApplyError",
     "BudgetError",

@@ -17,7 +17,7 @@ from remat.planner.bound import lower_bound_seconds
 from remat.planner.policies import AbstractPolicy
 from remat.planner.records import Outcome, Plan, Region, Rewrite
 from remat.planner.solver import Solution
-from remat.program import UNKNOWN_WORKSPACE_MARGIN, Program, Step
+from remat.program import Program, Step
 from remat.prove.records import Simulation
 from remat.regions.apply import Handle, apply, is_applied
 from remat.regions.fingerprint import fingerprint
@@ -58,7 +58,9 @@ def plan(
         keep-everything peak.
     loss: `(model, batch) -> scalar tensor`; by default the loss is taken from the model's output.
     optimizer: `(parameters) -> Optimizer`, an optimizer, or `None` to count no optimizer step.
-    device: row of the device table whose speed prices ops; default by the model's device.
+    device: row of the device table, or a `Device`; default by the model's. It prices ops; for a
+        model on the CPU or meta, a row of another kind also decides which kernels run, and on CUDA
+        the budget means what the caching allocator reserves, and the context.
     cost: prices of ops instead, for example measured ones (`remat.measure_cost`).
     chunks: whether a projection to classes and its cross entropy may run in slices, which gives up
         bit identity for order of summation: `None` where the budget cannot be met otherwise, `True`
@@ -190,7 +192,7 @@ class Fit:
 
     @property
     def keep_all_peak_bytes(self) -> int:
-        """Peak of the step when nothing is recomputed."""
+        """Peak of the step when nothing is recomputed, counted as a budget is."""
         return self.plain.keep_all_peak_bytes
 
     def plan(self, budget: int | str) -> Plan:
@@ -223,6 +225,12 @@ class Fit:
             if not plans or _decisions(made) != _decisions(plans[-1]):
                 plans.append(made)
         return plans
+
+    def memory_snapshot(self, plan: Plan) -> dict[str, Any]:
+        """Return a plan's step, replayed through the allocator, as a PyTorch memory snapshot."""
+        programs = (self.plain, *self.rewritten, *self.last_resort) if plan.rewrites else ()
+        program = next((p for p in programs if p.rewrites == plan.rewrites), self.plain)
+        return program.memory_snapshot(plan.regions)
 
     # -- programs ---------------------------------------------------------------------------------
 
@@ -268,7 +276,7 @@ class Fit:
             if solved:
                 return min(solved, key=lambda item: _seconds(item[0], item[1]))
         needed, least = _least(p for programs in self._stages() for p in programs)
-        raise BudgetError(budget_bytes, needed, least.breakdown)
+        raise BudgetError(budget_bytes, needed, self.plain.accounting.blame(least))
 
     # -- the record -------------------------------------------------------------------------------
 
@@ -284,9 +292,13 @@ class Fit:
         forward = self.plain.cost.forward_seconds
         recomputed = sum(program.options[p].seconds for p in solution.chosen)
         fraction = recomputed / forward if forward else 0.0
-        bound = lower_bound_seconds(program.timeline, program.cost, budget_bytes) / forward
+        accounting = program.accounting
+        allowed = accounting.allowed_bytes(budget_bytes)
+        bound = lower_bound_seconds(program.timeline, program.cost, allowed) / forward
         return Plan(
-            fingerprint=fingerprint(step.model, step.batch, step.loss, step.optimizer),
+            fingerprint=fingerprint(
+                step.model, step.batch, step.loss, step.optimizer, program.trace.device_type
+            ),
             budget_bytes=budget_bytes,
             predicted_peak_bytes=simulation.peak_bytes,
             keep_all_peak_bytes=self.keep_all_peak_bytes,
@@ -301,7 +313,12 @@ class Fit:
             rewrites=program.rewrites,
             hazards=program.hazards,
             breakdown=simulation.breakdown,
-            margin_bytes=program.margin(simulation.peak_bytes),
+            margin_bytes=accounting.margin_bytes(
+                simulation.reserved_bytes or simulation.peak_bytes
+            ),
+            device=program.cost_model.device.name,
+            predicted_reserved_bytes=simulation.reserved_bytes,
+            outside_bytes=accounting.outside_bytes,
             cost_source=program.cost_model.source,
             plan_seconds=seconds,
             notes=self._notes(program, solution, budget_bytes),
@@ -314,11 +331,9 @@ class Fit:
                 f"The budget of {format_bytes(budget_bytes)} is at or above the keep-everything "
                 f"peak of {format_bytes(self.keep_all_peak_bytes)}: nothing is recomputed."
             )
-        if not program.is_workspace_known:
-            notes.append(
-                "Kernels' own workspace could not be measured on this device: "
-                f"{UNKNOWN_WORKSPACE_MARGIN:.0%} of the peak is kept free for it."
-            )
+        margin = program.accounting.note()
+        if margin is not None:
+            notes.append(margin)
         elif program.workspace:
             notes.append(
                 f"Kernels' own workspace was measured here for {len(program.workspace)} op shapes "

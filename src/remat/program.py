@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,11 @@ from remat.planner.recursion import find_recursions
 from remat.planner.solver import Solution, Solver
 from remat.planner.spans import Facts, Span
 from remat.planner.timeline import Timeline
+from remat.prove.accounting import Accounting, target_of
 from remat.prove.records import Simulation
-from remat.prove.simulate import summarize
+from remat.prove.snapshot import memory_snapshot
 from remat.regions.apply import install, remove
+from remat.regions.fingerprint import device_type_of
 from remat.trace.capture import capture
 from remat.trace.records import OpSignature, StepTrace
 from remat.trace.step import Loss, OptimizerLike
@@ -34,8 +36,6 @@ from remat.units import format_bytes, format_seconds
 
 _log = logging.getLogger(__name__)
 
-# Kept free, relative to the peak, where kernels' own workspace could not be measured.
-UNKNOWN_WORKSPACE_MARGIN = 0.05
 _MOST_REPAIRS = 6
 
 Report = Callable[[str, float], None]
@@ -66,18 +66,27 @@ class Program:
         cost: CostModel | None,
         time_limit_s: float,
         report: Report,
+        trace: StepTrace | None = None,
     ) -> None:
         self._step, self._report, self.rewrites = step, report, rewrites
+        if cost is None:
+            if not isinstance(device, Device):
+                device = find_device(device or device_type_of(step.model))
+            cost = CostModel(device=device)
+        self._target = target_of(cost.device, device_type_of(step.model))
         self._report("tracing one training step", 0.0)
-        self.trace = self._captured((), drop_saved=True)
+        # A trace that is given follows from others; it stands for one of this step.
+        self.trace = trace or self._captured((), drop_saved=True)
         sliced = {r.module for r in rewrites if r.kind is RewriteKind.SLICED_CALL}
         self._sliced_starts = [c.start for c in self.trace.calls if c.module in sliced]
         self._report("pricing ops", 0.3)
-        self.workspace, self.is_workspace_known = self._kernel_workspace()
-        if cost is None:
-            if not isinstance(device, Device):
-                device = find_device(device or self.trace.device_type)
-            cost = CostModel(device=device)
+        self.workspace, is_workspace_known = self._kernel_workspace(cost.workspace)
+        self.accounting = Accounting(
+            device=cost.device,
+            device_type=self.trace.device_type,
+            is_workspace_known=is_workspace_known,
+            has_convolutions=any("convolution" in s.name for s in self.trace.signatures),
+        )
         self.cost_model = CostModel(
             device=cost.device, seconds=cost.seconds, workspace=self.workspace
         )
@@ -106,11 +115,16 @@ class Program:
         ]
         self._known += [frozenset(place[o.parts[0].span] for o in plan) for plan in recursions]
         self._least: tuple[Solution, Simulation] | None = None
+        self._keep_all_needed: int | None = None
 
     @property
     def keep_all_peak_bytes(self) -> int:
-        """Peak of the step when nothing is recomputed."""
-        return self._keep_all.peak_bytes
+        """Peak of the step when nothing is recomputed, counted as a budget is."""
+        if not self.accounting.counts_reserved:
+            return self._keep_all.peak_bytes
+        if self._keep_all_needed is None:
+            self._keep_all_needed = self.needed(self.simulate(()))
+        return self._keep_all_needed
 
     def _holds_slices(self, option: Option) -> bool:
         """Whether a call that recomputes its own slices lies inside an option: no region nests."""
@@ -123,8 +137,7 @@ class Program:
 
         Returns `None` where even the least peak that is found is above the budget.
         """
-        # The margin grows with the peak: the largest peak that fits with its own margin.
-        allowed = budget_bytes - self.margin(budget_bytes)
+        allowed = self.accounting.allowed_bytes(budget_bytes)
         for _ in range(_MOST_REPAIRS):
             solution = self._cheapest(allowed)
             if solution is None:
@@ -168,7 +181,17 @@ class Program:
         self._report("simulating the plan", 0.8)
         regions = tuple(r for p in sorted(chosen) for r in self.options[p].regions())
         trace = self._captured(regions, drop_saved=False)
-        return summarize(trace, self._workspace_of(trace.signatures))
+        return self.accounting.simulation(trace, self._workspace_of(trace.signatures))
+
+    def memory_snapshot(self, regions: tuple[Region, ...]) -> dict[str, Any]:
+        """Return the step under regions as a PyTorch memory snapshot, by the allocator's model."""
+        trace = self._captured(regions, drop_saved=False)
+        return memory_snapshot(
+            trace,
+            self.accounting.options,
+            workspace=self._workspace_of(trace.signatures),
+            library_bytes=self.accounting.library_bytes,
+        )
 
     def _captured(self, regions: tuple[Region, ...], *, drop_saved: bool) -> StepTrace:
         step = self._step
@@ -176,28 +199,29 @@ class Program:
         try:
             return capture(
                 step.model, step.batch, loss=step.loss, optimizer=step.optimizer,
-                drop_saved=drop_saved,
+                drop_saved=drop_saved, target=self._target,
             )  # fmt: skip
         finally:
             remove(step.model)
 
     def needed(self, simulation: Simulation) -> int:
         """Return the least budget that a simulated plan fits, its margin included."""
-        return simulation.peak_bytes + self.margin(simulation.peak_bytes)
+        return self.accounting.needed_bytes(simulation)
 
-    def margin(self, peak_bytes: int) -> int:
-        """Return the bytes that are kept free above a simulated peak."""
-        if self.is_workspace_known:
-            return 0
-        return int(peak_bytes * UNKNOWN_WORKSPACE_MARGIN)
-
-    def _kernel_workspace(self) -> tuple[dict[OpSignature, int], bool]:
+    def _kernel_workspace(
+        self, given: Mapping[OpSignature, int] | None
+    ) -> tuple[dict[OpSignature, int], bool]:
+        self._given_workspace = given
+        if given is not None:
+            return dict(given), True
         if self.trace.device_type != "cpu":
             return {}, False
         return dict(measure_workspace(self.trace.signatures)), True
 
     def _workspace_of(self, signatures: Iterable[OpSignature]) -> dict[OpSignature, int]:
-        return dict(measure_workspace(signatures)) if self.is_workspace_known else {}
+        if self._given_workspace is not None:
+            return dict(self._given_workspace)
+        return dict(measure_workspace(signatures)) if self.accounting.is_workspace_known else {}
 
     # -- the decisions as data --------------------------------------------------------------------
 

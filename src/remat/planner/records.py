@@ -149,6 +149,10 @@ class Plan(Record):
     pass, `recompute_seconds` their estimated time including the eager overhead of the regions.
     `lower_bound_fraction` bounds what any op-level recomputation could reach, `gap` is the
     difference. Made by `remat.plan`, applied by `remat.apply`.
+
+    For CUDA the budget means all that the process takes on the device: `predicted_reserved_bytes`,
+    `outside_bytes` and `margin_bytes`; `predicted_peak_bytes` is then what torch calls allocated,
+    and `keep_all_peak_bytes` counts as the budget does.
     """
 
     schema_version: int = 1
@@ -170,6 +174,13 @@ class Plan(Record):
     hazards: tuple[Hazard, ...] = ()
     breakdown: dict[str, int] = Field(description="Bytes at the predicted peak by kind.")
     margin_bytes: int = Field(default=0, description="Kept free for what could not be predicted.")
+    device: str = Field(default="", description="Row of the device table that it was made for.")
+    predicted_reserved_bytes: int | None = Field(
+        default=None, description="Peak of what CUDA's caching allocator takes from the device."
+    )
+    outside_bytes: int = Field(
+        default=0, description="Held on the device outside the allocator: the CUDA context."
+    )
     cost_source: str = Field(default="", description="Where the seconds come from.")
     plan_seconds: float = Field(default=0.0, description="Time that planning took.")
     notes: tuple[str, ...] = ()

@@ -64,8 +64,13 @@ class MemorySample(Record):
 
 
 class Simulation(Record):
-    """One training step under fake tensors: its exact peak and its curve of memory."""
+    """One training step under fake tensors: its exact peak and its curve of memory.
+
+    On CUDA `peak_bytes` is what the caching allocator hands out, and `reserved_bytes` what it
+    takes from the device for that.
+    """
 
     peak_bytes: int
+    reserved_bytes: int | None = None
     breakdown: dict[str, int]
     samples: tuple[MemorySample, ...]

@@ -35,7 +35,7 @@ from benchmarks.core_report import table  # noqa: E402
 from benchmarks.runner import Data, environment, where  # noqa: E402
 from benchmarks.shapes import Case, classification_loss, vgg19  # noqa: E402
 from remat.cost.devices import Device  # noqa: E402
-from remat.cost.model import CostModel
+from remat.cost.model import CostModel  # noqa: E402
 from remat.errors import BudgetError  # noqa: E402
 from remat.files import write_atomically  # noqa: E402
 from remat.fit import Fit  # noqa: E402

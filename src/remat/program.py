@@ -242,5 +242,9 @@ class Program:
             )
             outer, *nested = option.regions()
             figures = {"freed_bytes": freed, "recompute_seconds": seconds, "reason": reason}
-            regions += [outer.model_copy(update=figures), *nested]
+            inner = {"reason": "recomputed once more, inside the region around it"}
+            regions += [
+                outer.model_copy(update=figures),
+                *(r.model_copy(update=inner) for r in nested),
+            ]
         return tuple(regions)

@@ -31,6 +31,7 @@ FLOORS = (
     {"regions"},
     {"prove"},
     {"fit"},
+    {"replacing"},
     {"runs"},
     {"report"},
     {"evaluation"},

@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     )
     from remat.evaluation.evaluate import evaluate
     from remat.fit import auto_checkpoint, frontier, plan
-    from remat.planner.records import Hazard, Outcome, Plan, Region
+    from remat.planner.records import Hazard, Outcome, Plan, Region, Severity
+    from remat.prove.check import check
     from remat.prove.measure import measure
-    from remat.prove.records import Measurement, Simulation, Verification
+    from remat.prove.records import CheckReport, Measurement, Simulation, Verification
     from remat.prove.simulate import simulate
     from remat.prove.verify import verify
     from remat.regions.apply import Handle, apply
+    from remat.replacing import replace_checkpointing
     from remat.workload import Workload
 
 # Public name -> module that defines it; imported on first use: `import remat` loads no torch.
@@ -47,7 +49,10 @@ _HOME = {
     "measure_cost": "remat.cost.measured",
     "simulate": "remat.prove.simulate",
     "verify": "remat.prove.verify",
+    "check": "remat.prove.check",
+    "replace_checkpointing": "remat.replacing",
     "evaluate": "remat.evaluation.evaluate",
+    "CheckReport": "remat.prove.records",
     "Measurement": "remat.prove.records",
     "Simulation": "remat.prove.records",
     "Verification": "remat.prove.records",
@@ -55,6 +60,7 @@ _HOME = {
     "Outcome": "remat.planner.records",
     "Plan": "remat.planner.records",
     "Region": "remat.planner.records",
+    "Severity": "remat.planner.records",
     "Device": "remat.cost.devices",
     "load_devices": "remat.cost.devices",
     "Workload": "remat.workload",
@@ -84,7 +90,10 @@ __all__ = [
     "measure_cost",
     "simulate",
     "verify",
+    "check",
+    "replace_checkpointing",
     "evaluate",
+    "CheckReport",
     "Measurement",
     "Simulation",
     "Verification",
@@ -92,6 +101,7 @@ __all__ = [
     "Outcome",
     "Plan",
     "Region",
+    "Severity",
     "Device",
     "load_devices",
     "Workload",

@@ -23,6 +23,7 @@ SCHEMAS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "verification": ("remat.prove.records", "Verification"),
         "measurement": ("remat.prove.records", "Measurement"),
         "simulation": ("remat.prove.records", "Simulation"),
+        "check": ("remat.prove.records", "CheckReport"),
     }
 )
 

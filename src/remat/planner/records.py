@@ -80,12 +80,26 @@ class Region(Record):
     reason: str = ""
 
 
+class Severity(str, enum.Enum):
+    """How bad a hazard is: gradients are wrong, memory or time is wasted, or it is good to know."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
 class Hazard(Record):
-    """Something that could make training wrong or the prediction inexact, and what was done."""
+    """Something that could make training wrong or the prediction inexact, and what was done.
+
+    `fix` says what to do about it, `thread` names where people met it before, as repository#number.
+    """
 
     code: str
     where: str
     message: str
+    severity: Severity = Severity.NOTE
+    fix: str = ""
+    thread: str = ""
 
 
 class Plan(Record):
@@ -116,6 +130,10 @@ class Plan(Record):
     margin_bytes: int = Field(default=0, description="Kept free for what could not be predicted.")
     cost_source: str = Field(default="", description="Where the seconds come from.")
     plan_seconds: float = Field(default=0.0, description="Time that planning took.")
+    replaces_checkpointing: bool = Field(
+        default=False,
+        description="The model's own calls of torch's checkpoint run plainly while the plan is on.",
+    )
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:

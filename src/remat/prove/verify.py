@@ -38,7 +38,7 @@ _AFTER_STEP = "parameter {} after the step"
 
 
 @dataclass(slots=True)
-class _Outcome:
+class StepOutcome:
     """Everything that one step leaves behind, copied."""
 
     tensors: dict[str, Tensor | None] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def verify(
         raise ApplyError(
             "a plan is on this model: call handle.remove() first, verify applies the plan itself."
         )
-    step = functools.partial(_outcome, model, batch, loss=loss, optimizer=optimizer)
+    step = functools.partial(run_step, model, batch, loss=loss, optimizer=optimizer)
     reference = step()
     with apply(model, plan):
         try:
@@ -91,9 +91,9 @@ def verify(
     differences = compare(reference, planned)
     noise: tuple[Difference, ...] = ()
     if differences:
-        noise = _noise(reference, differences, step)
+        noise = noise_between(reference, differences, step)
     measured = _warm_peak(model, batch, plan, loss, optimizer, device)
-    within_noise = bool(differences) and _is_within(differences, noise)
+    within_noise = bool(differences) and is_within(differences, noise)
     return Verification(
         identical=not differences,
         within_noise=within_noise,
@@ -110,11 +110,11 @@ def verify(
     )
 
 
-def _outcome(
+def run_step(
     model: nn.Module, batch: Any, *, loss: Loss | None, optimizer: OptimizerLike
-) -> _Outcome:
+) -> StepOutcome:
     """Run one step and copy what it leaves; put the model back."""
-    outcome = _Outcome()
+    outcome = StepOutcome()
     counts: Counter[str] = Counter()
     with restored(model, batch), _counted_hooks(model, counts):
         stepper = make_optimizer(optimizer, model)
@@ -129,7 +129,7 @@ def _outcome(
                 tensors[_AFTER_STEP.format(name)] = parameter.detach().clone()
         for name, buffer in model.named_buffers():
             tensors[f"buffer {name}"] = buffer.detach().clone()
-        for name, state in _random_tensors().items():
+        for name, state in _random_tensors(model).items():
             tensors[f"random state of {name}"] = state
         outcome.training = {name: m.training for name, m in model.named_modules()}
     outcome.tensors = tensors
@@ -137,7 +137,7 @@ def _outcome(
     return outcome
 
 
-def compare(reference: _Outcome, other: _Outcome) -> tuple[Difference, ...]:
+def compare(reference: StepOutcome, other: StepOutcome) -> tuple[Difference, ...]:
     """List everything in which two steps differ, by bits."""
     found = []
     for name, before in reference.tensors.items():
@@ -194,8 +194,8 @@ def _presence(tensor: Tensor | None) -> str:
     return "none" if tensor is None else "a tensor"
 
 
-def _noise(
-    reference: _Outcome, differences: tuple[Difference, ...], step: Callable[[], _Outcome]
+def noise_between(
+    reference: StepOutcome, differences: tuple[Difference, ...], step: Callable[[], StepOutcome]
 ) -> tuple[Difference, ...]:
     """Return the largest difference of each tensor between any two unplanned steps.
 
@@ -212,12 +212,12 @@ def _noise(
                 if known is None or found.max_rel > known.max_rel:
                     worst[found.name] = found
         runs.append(again)
-        if not worst or _is_within(differences, tuple(worst.values())):
+        if not worst or is_within(differences, tuple(worst.values())):
             break
     return tuple(worst.values())
 
 
-def _is_within(differences: tuple[Difference, ...], noise: tuple[Difference, ...]) -> bool:
+def is_within(differences: tuple[Difference, ...], noise: tuple[Difference, ...]) -> bool:
     """Whether every tensor differs by at most twice what it differs by from itself.
 
     Twice, because the largest of a few repeats underestimates the noise. A parameter after the step
@@ -276,7 +276,8 @@ def _counted_hooks(model: nn.Module, counts: Counter[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _random_tensors() -> dict[str, Tensor]:
+def _random_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the state of every global generator, and of those that modules hold."""
     import pickle
 
     states = random_states()
@@ -290,11 +291,15 @@ def _random_tensors() -> dict[str, Tensor]:
                 tensors[f"cuda:{number}"] = item
         else:
             tensors[name] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+    for prefix, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, torch.Generator):
+                tensors[f"generator {prefix}.{name}".replace(" .", " ")] = value.get_state()
     return tensors
 
 
 def _notes(
-    model: nn.Module, plan: Plan, reference: _Outcome, noise: tuple[Difference, ...]
+    model: nn.Module, plan: Plan, reference: StepOutcome, noise: tuple[Difference, ...]
 ) -> tuple[str, ...]:
     notes = []
     missing = [n for n, t in reference.tensors.items() if t is None]

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from typing_extensions import Self
 
-from remat.errors import ApplyError, PlanMismatchError
+from remat.errors import ApplyError, PlanMismatchError, RematError
 from remat.planner.records import Plan, Region
 from remat.regions.fingerprint import check_model_matches
+from remat.regions.quiet import silence, unsilence
 from remat.regions.runtime import RegionRuntime, StepClock, region_forward
 from remat.trace.step import check_model
 
@@ -63,7 +64,14 @@ def apply(model: nn.Module, plan: Plan) -> Handle:
     check_model(model)
     check_plan(plan)
     check_model_matches(model, plan.fingerprint)
-    install(model, plan.regions)
+    if plan.replaces_checkpointing and not is_applied(model):
+        silence(model)
+    try:
+        install(model, plan.regions)
+    except RematError:
+        if not is_applied(model):
+            unsilence(model)
+        raise
     return Handle(model, plan)
 
 
@@ -96,6 +104,7 @@ def remove(model: nn.Module) -> None:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = runtime.replaced
+    unsilence(model)
 
 
 def install(model: nn.Module, regions: tuple[Region, ...]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from remat.cost.devices import Device, find_device
 from remat.cost.model import CostModel, cost_step
 from remat.cost.workspace import measure_workspace
-from remat.errors import ApplyError, BudgetError
+from remat.errors import ApplyError, BudgetError, WorkloadError
 from remat.planner.blocks import find_blocks
 from remat.planner.bound import lower_bound_seconds
 from remat.planner.options import Option, find_options
@@ -119,6 +119,10 @@ def frontier(
     """Return plans at evenly spaced budgets from the least reachable to the keep-everything peak.
 
     Ordered by budget, without duplicates: the Pareto front of bytes against seconds.
+
+    Raises
+    ------
+    WorkloadError: if `points` is no integer >= 1; CaptureError and others as `plan`.
     """
     fit = Fit(
         model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost,
@@ -226,13 +230,15 @@ class Fit:
 
     def frontier(self, points: int) -> list[Plan]:
         """Return the Pareto front; see `remat.frontier`."""
+        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+            raise WorkloadError(f"points must be an integer >= 1, got {points!r}.")
         least = self._simulate(self._least_peak().chosen)
         low = self._needed(least)
         plans: list[Plan] = []
         for number, budget in enumerate(
-            np.linspace(low, max(low, self.keep_all_peak_bytes), max(points, 1))
+            np.linspace(low, max(low, self.keep_all_peak_bytes), points)
         ):
-            self._report(f"plan {number + 1} of {points}", number / max(points, 1))
+            self._report(f"plan {number + 1} of {points}", number / points)
             made = self.plan(int(budget))
             if not plans or made.regions != plans[-1].regions:
                 plans.append(made)

@@ -61,6 +61,7 @@ class Option:
     cached: frozenset[int]
     saved_ops: tuple[SavedOp, ...]
     draws_random_numbers: bool
+    draws_python_random: bool
     mutated_buffers: tuple[str, ...]
 
     def owns(self, storage: int) -> bool:
@@ -78,6 +79,7 @@ class Option:
             call=self.index,
             num_calls=self.num_calls,
             draws_random_numbers=self.draws_random_numbers,
+            draws_python_random=self.draws_python_random,
             mutated_buffers=self.mutated_buffers,
             saved_ops=self.saved_ops,
             recompute_seconds=self.seconds + self.overhead_seconds,
@@ -182,15 +184,12 @@ class _Finder:
                 if storage not in self.trace.buffer_names:
                     return "it writes to a tensor from outside that is no buffer; it is kept."
             outside.update(s for s in op.inputs if not first <= s < stop)
-        if call.draws_python_random:
-            return "it draws from Python's or NumPy's generator, which is not restored; it is kept."
         if call.changed_state:
             hint = " Set config.use_cache=False." if "past_key_values" in call.changed_state else ""
             return f"it changes {call.changed_state}, which would change twice; it is kept.{hint}"
         release = self.trace.phase_start.get("optimizer", self.trace.num_ticks)
-        for storage in inputs | outside:
-            if storage in self.trace.buffer_names:
-                continue
+        own = {s for op in self.ops(call) for s in op.mutated if s in self.trace.buffer_names}
+        for storage in (inputs | outside) - own:  # what it updates itself is restored for it
             if any(call.end < tick < release for tick in self.writes.get(storage, ())):
                 return "what it reads is written to later, before backward; it is kept."
         return None
@@ -308,6 +307,7 @@ class _Finder:
             cached=cached,
             saved_ops=self._saved_ops(call, saved),
             draws_random_numbers=draws,
+            draws_python_random=call.draws_python_random,
             mutated_buffers=tuple(names),
         )
 

@@ -69,6 +69,10 @@ class Region(Record):
     draws_random_numbers: bool = Field(
         default=False, description="Random state is saved and restored around the recomputation."
     )
+    draws_python_random: bool = Field(
+        default=False,
+        description="The states of Python's and NumPy's generators are saved and restored, too.",
+    )
     mutated_buffers: tuple[str, ...] = Field(
         default=(), description="Buffers that the region updates; they are updated exactly once."
     )

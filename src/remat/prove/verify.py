@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remat.errors import ApplyError, VerificationError, WorkloadError
+from remat.errors import ApplyError, PlanMismatchError, VerificationError, WorkloadError
 from remat.planner.records import Plan
 from remat.prove.allocator import record_peak, step_tensors
 from remat.prove.measure import check_real, restored
 from remat.prove.records import Difference, Verification
 from remat.regions.apply import Handle, apply, check_plan, is_applied
 from remat.regions.fingerprint import check_batch_matches, check_model_matches
+from remat.trace.generators import is_generator, state_of
 from remat.trace.standin import random_states, restore_random_states
 from remat.trace.step import (
     DEFAULT_OPTIMIZER,
@@ -64,7 +65,7 @@ def verify(
 
     Raises
     ------
-    PlanMismatchError: if the plan was made for another model, batch or version.
+    PlanMismatchError: if the plan was made for another model, batch, mode or version.
     ApplyError: if a plan is on the model already.
     WorkloadError: if model, batch, loss or optimizer makes no step, or has no values.
     VerificationError: if the planned step fails.
@@ -74,6 +75,12 @@ def verify(
     device = check_real(model, batch)
     check_model_matches(model, plan.fingerprint)
     check_batch_matches(batch, plan.fingerprint)
+    if model.training != plan.fingerprint.training:
+        wanted, other = ("train", "eval") if plan.fingerprint.training else ("eval", "train")
+        raise PlanMismatchError(
+            f"the plan was made for a model in {wanted} mode, this one is in {other} mode: call "
+            f"model.{wanted}(), or make the plan again with remat.plan."
+        )
     if is_applied(model):
         raise ApplyError(
             "a plan is on this model: call handle.remove() first, verify applies the plan itself."
@@ -106,7 +113,7 @@ def verify(
         budget_bytes=plan.budget_bytes,
         peak_error=plan.predicted_peak_bytes / measured - 1,
         within_budget=measured <= plan.budget_bytes,
-        notes=_notes(model, plan, reference, noise),
+        notes=_notes(reference, noise),
     )
 
 
@@ -293,14 +300,15 @@ def _random_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[name] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
     for prefix, module in model.named_modules():
         for name, value in module.__dict__.items():
-            if isinstance(value, torch.Generator):
-                tensors[f"generator {prefix}.{name}".replace(" .", " ")] = value.get_state()
+            if is_generator(value):
+                state = state_of(value)
+                if not isinstance(state, Tensor):
+                    state = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+                tensors[f"generator {prefix}.{name}".replace(" .", " ")] = state
     return tensors
 
 
-def _notes(
-    model: nn.Module, plan: Plan, reference: StepOutcome, noise: tuple[Difference, ...]
-) -> tuple[str, ...]:
+def _notes(reference: StepOutcome, noise: tuple[Difference, ...]) -> tuple[str, ...]:
     notes = []
     missing = [n for n, t in reference.tensors.items() if t is None]
     if missing:
@@ -309,10 +317,5 @@ def _notes(
         notes.append(
             f"The unplanned model differs from itself in {len(noise)} tensors, by up to "
             f"{max(n.max_rel for n in noise):.2e} relatively."
-        )
-    if model.training != plan.fingerprint.training:
-        notes.append(
-            f"The plan was made with training={plan.fingerprint.training}, this model has "
-            f"training={model.training}."
         )
     return tuple(notes)

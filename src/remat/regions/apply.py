@@ -12,6 +12,7 @@ from typing_extensions import Self
 from remat.errors import ApplyError, PlanMismatchError, RematError
 from remat.planner.records import Plan, Region
 from remat.regions.fingerprint import check_model_matches
+from remat.regions.guards import must_run_eagerly
 from remat.regions.quiet import silence, unsilence
 from remat.regions.runtime import RegionRuntime, StepClock, region_forward
 from remat.trace.step import check_model
@@ -125,6 +126,8 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
         calls = frozenset(region.call for region in chosen)
         num_calls = chosen[0].num_calls
         mutated = dict.fromkeys(b for region in chosen for b in region.mutated_buffers)
+        homes = tuple(home for b in mutated for home in buffers[b])
+        draws_python_random = any(region.draws_python_random for region in chosen)
         runtime = RegionRuntime(
             clock=clock,
             calls=None if len(calls) == num_calls else calls,
@@ -135,7 +138,9 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
                 if region.saved_ops
             },
             preserve_rng_state=any(region.draws_random_numbers for region in chosen),
-            buffers=tuple(home for b in mutated for home in buffers[b]),
+            draws_python_random=draws_python_random,
+            is_eager=draws_python_random or must_run_eagerly(homes),
+            buffers=homes,
             replaced=module.__dict__.get("forward"),
         )
         module.__dict__["forward"] = functools.partial(region_forward, module, runtime)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from remat.errors import ApplyError
+from remat.regions.guards import Guarded, refuse_transforms, run_eagerly
 from remat.trace.caches import Filled, caches_in, with_empty_caches
 
 # Any: a module's arguments and results are the user's own.
@@ -55,8 +56,9 @@ class RegionRuntime:
     """How one module's forward is run under a plan.
 
     `calls` are the calls within a step that are recomputed, of `num_calls` in all; `None` is all
-    of them. `buffers` are (module, name) pairs that the forward updates. `replaced` is a forward
-    that the instance already had, which the region wraps and `remove` puts back.
+    of them. `is_eager` keeps it out of what torch.compile compiles. `buffers` are (module, name)
+    pairs that the forward updates. `replaced` is a forward that the instance already had, which the
+    region wraps and `remove` puts back.
     """
 
     clock: StepClock
@@ -64,6 +66,8 @@ class RegionRuntime:
     num_calls: int = 1
     saved_ops: dict[int, frozenset[tuple[str, int]]] = field(default_factory=dict)
     preserve_rng_state: bool = False
+    draws_python_random: bool = False
+    is_eager: bool = False
     buffers: tuple[tuple[nn.Module, str], ...] = ()
     replaced: Callable[..., Any] | None = None
     _step: int = -1
@@ -83,6 +87,8 @@ class RegionRuntime:
 
 def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwargs: Any) -> Any:
     """Run a module's forward as a checkpointed region where the plan says so."""
+    if runtime.is_eager and torch.compiler.is_compiling():
+        return run_eagerly(region_forward, module, runtime, *args, **kwargs)
     forward = runtime.replaced or types.MethodType(type(module).forward, module)
     if not torch.is_grad_enabled() or is_recomputing():
         return forward(*args, **kwargs)
@@ -92,12 +98,14 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
     saved_ops = runtime.saved_ops.get(call, frozenset())
     options: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
+        refuse_transforms()
         caches = caches_in((args, kwargs))
         if caches:
             forward = functools.partial(_fill_once, forward, [Filled(cache) for cache in caches])
         hooked = [m for m in module.modules() if m is not module and _has_hooks(m)]
         if runtime.buffers or runtime.num_calls > 1 or hooked or saved_ops or caches:
             options["context_fn"] = functools.partial(_contexts, runtime, tuple(hooked), saved_ops)
+        forward = Guarded(module, forward, draws_python_random=runtime.draws_python_random)
     return checkpoint(
         forward,
         *args,

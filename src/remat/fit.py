@@ -124,6 +124,8 @@ def frontier(
     ------
     WorkloadError: if `points` is no integer >= 1; CaptureError and others as `plan`.
     """
+    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+        raise WorkloadError(f"points must be an integer >= 1, got {points!r}.")
     fit = Fit(
         model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost,
         time_limit_s=time_limit_s, progress=progress,
@@ -230,8 +232,6 @@ class Fit:
 
     def frontier(self, points: int) -> list[Plan]:
         """Return the Pareto front; see `remat.frontier`."""
-        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-            raise WorkloadError(f"points must be an integer >= 1, got {points!r}.")
         least = self._simulate(self._least_peak().chosen)
         low = self._needed(least)
         plans: list[Plan] = []

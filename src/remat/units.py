@@ -21,7 +21,7 @@ _BYTES_PER_UNIT: Final = {
     "tib": 1024**4,
 }
 _MOST_DIGITS: Final = 40
-_MOST_BYTES: Final = 2**63
+_MOST_BYTES: Final = 2**100
 _AMOUNT: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]+|%)?\s*", re.ASCII)
 
 

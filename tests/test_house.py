@@ -32,6 +32,7 @@ FLOORS = (
     {"prove"},
     {"fit"},
     {"replacing"},
+    {"guarding"},
     {"runs"},
     {"report"},
     {"evaluation"},

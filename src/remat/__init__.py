@@ -28,10 +28,17 @@ if TYPE_CHECKING:
     )
     from remat.evaluation.evaluate import evaluate
     from remat.fit import auto_checkpoint, frontier, plan
+    from remat.guarding import Guard, guard
     from remat.planner.records import Hazard, Outcome, Plan, Region, Severity
     from remat.prove.check import check
     from remat.prove.measure import measure
-    from remat.prove.records import CheckReport, Measurement, Simulation, Verification
+    from remat.prove.records import (
+        CheckReport,
+        GuardEvent,
+        Measurement,
+        Simulation,
+        Verification,
+    )
     from remat.prove.simulate import simulate
     from remat.prove.verify import verify
     from remat.regions.apply import Handle, apply
@@ -51,6 +58,9 @@ _HOME = {
     "verify": "remat.prove.verify",
     "check": "remat.prove.check",
     "replace_checkpointing": "remat.replacing",
+    "guard": "remat.guarding",
+    "Guard": "remat.guarding",
+    "GuardEvent": "remat.prove.records",
     "evaluate": "remat.evaluation.evaluate",
     "CheckReport": "remat.prove.records",
     "Measurement": "remat.prove.records",
@@ -92,6 +102,9 @@ __all__ = [
     "verify",
     "check",
     "replace_checkpointing",
+    "guard",
+    "Guard",
+    "GuardEvent",
     "evaluate",
     "CheckReport",
     "Measurement",

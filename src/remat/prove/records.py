@@ -101,3 +101,14 @@ class CheckReport(Record):
 
     def __len__(self) -> int:
         return len(self.hazards)
+
+
+class GuardEvent(Record):
+    """What a guard saw in a step: `drift` from the predicted peak, or a plan `tightened`."""
+
+    kind: str
+    step: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int | None
+    budget_bytes: int
+    message: str

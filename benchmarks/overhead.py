@@ -63,7 +63,7 @@ def trained(way: Callable[..., Callable[[], Any]]) -> Callable[[], Any]:
     return way(model, batch, loss, optimizer, step)
 
 
-def by_torch(model, batch, loss, optimizer, step):
+def by_torch(model, _batch, _loss, _optimizer, step):
     """Checkpoint each block through torch."""
     for block in model:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -25,6 +25,7 @@ if str(ROOT := Path(__file__).parent.parent) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import remat
 from benchmarks.shapes import prenorm_blocks

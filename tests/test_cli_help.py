@@ -14,7 +14,7 @@ from remat.cli.schema import SCHEMAS
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
-COMMANDS = ("", "plan", "verify", "evaluate", "report", "runs", "demo", "schema")
+COMMANDS = ("", "plan", "verify", "check", "evaluate", "report", "runs", "demo", "schema")
 
 
 def check_snapshot(name: str, text: str) -> None:

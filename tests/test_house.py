@@ -33,6 +33,8 @@ FLOORS = (
     {"program"},
     {"rewriting"},
     {"fit"},
+    {"replacing"},
+    {"guarding"},
     {"sizing"},
     {"runs"},
     {"report"},

@@ -465,8 +465,6 @@ def evaluated():
 
 REFUSED = {
     "rrelu": (chained(RandomReLU), "RReLU"),
-    "python and numpy": (chained(DrawsElsewhere), "Python's or NumPy's"),
-    "numpy tensor": (chained(DrawsFromNumpyTensor), "Python's or NumPy's"),
     "own generator": (chained(OwnGenerator), "generator of its own"),
     "input": (chained(WritesToItsInput), "writes to its own input"),
     "input later": (chained(WritesToItsOutputLater), "written to later"),
@@ -477,6 +475,8 @@ REFUSED = {
     "replaced buffer": (chained(ReplacedBuffer), "buffer 'average'"),
 }
 HANDLED = {
+    "python and numpy": chained(DrawsElsewhere),
+    "numpy tensor": chained(DrawsFromNumpyTensor),
     "ema": chained(Average),
     "spectral norm": lambda: stack(
         lambda: Spectral(nn.utils.parametrizations.spectral_norm)

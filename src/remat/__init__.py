@@ -28,12 +28,21 @@ if TYPE_CHECKING:
     )
     from remat.evaluation.evaluate import evaluate
     from remat.fit import auto_checkpoint, frontier, plan
-    from remat.planner.records import Hazard, Outcome, Plan, Region
+    from remat.guarding import Guard, guard
+    from remat.planner.records import Hazard, Outcome, Plan, Region, Severity
+    from remat.prove.check import check
     from remat.prove.measure import measure
-    from remat.prove.records import Measurement, Simulation, Verification
+    from remat.prove.records import (
+        CheckReport,
+        GuardEvent,
+        Measurement,
+        Simulation,
+        Verification,
+    )
     from remat.prove.simulate import simulate
     from remat.prove.verify import verify
     from remat.regions.apply import Handle, apply
+    from remat.replacing import replace_checkpointing
     from remat.sizing.largest import LargestBatch, largest_batch
     from remat.workload import Workload
 
@@ -48,7 +57,13 @@ _HOME = {
     "measure_cost": "remat.cost.measured",
     "simulate": "remat.prove.simulate",
     "verify": "remat.prove.verify",
+    "check": "remat.prove.check",
+    "replace_checkpointing": "remat.replacing",
+    "guard": "remat.guarding",
+    "Guard": "remat.guarding",
+    "GuardEvent": "remat.prove.records",
     "evaluate": "remat.evaluation.evaluate",
+    "CheckReport": "remat.prove.records",
     "Measurement": "remat.prove.records",
     "Simulation": "remat.prove.records",
     "Verification": "remat.prove.records",
@@ -56,6 +71,7 @@ _HOME = {
     "Outcome": "remat.planner.records",
     "Plan": "remat.planner.records",
     "Region": "remat.planner.records",
+    "Severity": "remat.planner.records",
     "Device": "remat.cost.devices",
     "load_devices": "remat.cost.devices",
     "largest_batch": "remat.sizing.largest",
@@ -87,7 +103,13 @@ __all__ = [
     "measure_cost",
     "simulate",
     "verify",
+    "check",
+    "replace_checkpointing",
+    "guard",
+    "Guard",
+    "GuardEvent",
     "evaluate",
+    "CheckReport",
     "Measurement",
     "Simulation",
     "Verification",
@@ -95,6 +117,7 @@ __all__ = [
     "Outcome",
     "Plan",
     "Region",
+    "Severity",
     "Device",
     "load_devices",
     "largest_batch",

@@ -6,11 +6,18 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
 from remat.errors import PlanFileError
+
+# Any: parsed JSON.
+
+
+# How records write what JSON has no number for.
+_NOT_FINITE = frozenset({"Infinity", "-Infinity", "NaN"})
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
@@ -83,7 +90,7 @@ class Record(BaseModel):
                     f"{expected.default!r}. Make it again with this version."
                 )
         try:
-            return cls.model_validate(data)
+            return cls._validated(data)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the top level"
@@ -92,3 +99,32 @@ class Record(BaseModel):
                 f"{source} is not valid at {where}: {first['msg']}{more}. "
                 f"`remat schema {cls.__name__.lower()}` prints what is expected."
             ) from error
+
+    @classmethod
+    def _validated(cls, data: object) -> Self:
+        """Validate without turning text into numbers, but for the words that stand for infinity."""
+        try:
+            return cls.model_validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            words = [
+                problem["loc"]
+                for problem in error.errors(include_url=False)
+                if problem["type"] == "float_type" and str(problem["input"]) in _NOT_FINITE
+            ]
+            if not words:
+                raise
+        return cls.model_validate_json(json.dumps(_with_floats(data, set(words))), strict=True)
+
+
+def _with_floats(value: Any, places: set[tuple[int | str, ...]]) -> Any:
+    """Copy parsed JSON with the words at some places read as floats."""
+    if () in places:
+        return float(value)
+    if not isinstance(value, (dict, list)):
+        return value
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    changed = {
+        key: _with_floats(item, {place[1:] for place in places if place and place[0] == key})
+        for key, item in items
+    }
+    return changed if isinstance(value, dict) else list(changed.values())

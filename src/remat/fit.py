@@ -120,7 +120,13 @@ def frontier(
 
     Ordered by budget, without duplicates: the Pareto front of bytes against seconds. See `plan` for
     the arguments. With `chunks=None` the least is that of recomputation alone.
+
+    Raises
+    ------
+    WorkloadError: if `points` is no integer >= 1; CaptureError and others as `plan`.
     """
+    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+        raise WorkloadError(f"points must be an integer >= 1, got {points!r}.")
     fit = Fit(
         model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost, chunks=chunks,
         time_limit_s=time_limit_s, progress=progress,
@@ -218,9 +224,9 @@ class Fit:
         low, _ = _least((self.plain, *self.rewritten) if self._chunks else (self.plain,))
         plans: list[Plan] = []
         for number, budget in enumerate(
-            np.linspace(low, max(low, self.keep_all_peak_bytes), max(points, 1))
+            np.linspace(low, max(low, self.keep_all_peak_bytes), points)
         ):
-            self._report(f"plan {number + 1} of {points}", number / max(points, 1))
+            self._report(f"plan {number + 1} of {points}", number / points)
             made = self.plan(int(budget))
             if not plans or _decisions(made) != _decisions(plans[-1]):
                 plans.append(made)

@@ -20,6 +20,8 @@ _BYTES_PER_UNIT: Final = {
     "gib": GIB,
     "tib": 1024**4,
 }
+_MOST_DIGITS: Final = 40
+_MOST_BYTES: Final = 2**100
 _AMOUNT: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]+|%)?\s*", re.ASCII)
 
 
@@ -34,7 +36,8 @@ def parse_budget(budget: int | str, keep_all_peak_bytes: int | None = None) -> i
 
     Raises
     ------
-    BudgetFormatError: if it is not readable, not positive, or a percentage without a peak.
+    BudgetFormatError: if it is not readable, not positive, too large, or a percentage without a
+        peak.
 
     Example
     -------
@@ -55,6 +58,8 @@ def parse_budget(budget: int | str, keep_all_peak_bytes: int | None = None) -> i
         unit = (match[2] or "b").lower() if match else ""
         if match is None or (unit != "%" and unit not in _BYTES_PER_UNIT):
             raise BudgetFormatError(f"budget {budget!r} is not a size: {expected}.")
+        if len(match[1]) > _MOST_DIGITS:
+            raise BudgetFormatError(f"budget {budget[:20]!r}... is too large: {expected}.")
         amount = float(match[1])
         if unit == "%":
             if keep_all_peak_bytes is None:
@@ -68,7 +73,9 @@ def parse_budget(budget: int | str, keep_all_peak_bytes: int | None = None) -> i
         else:
             size = int(amount * _BYTES_PER_UNIT[unit])
     if size <= 0:
-        raise BudgetFormatError(f"budget {budget!r} is not positive: {expected}.")
+        raise BudgetFormatError(f"budget {str(budget)[:40]!r} is not positive: {expected}.")
+    if size > _MOST_BYTES:
+        raise BudgetFormatError(f"budget {str(budget)[:40]!r} is too large: {expected}.")
     return size
 
 

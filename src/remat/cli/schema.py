@@ -24,6 +24,7 @@ SCHEMAS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "measurement": ("remat.prove.records", "Measurement"),
         "survey": ("remat.sizing.records", "Survey"),
         "simulation": ("remat.prove.records", "Simulation"),
+        "check": ("remat.prove.records", "CheckReport"),
     }
 )
 

@@ -312,6 +312,7 @@ class OptionBuilder:
             result=passed[1],
             is_nested=is_nested,
             draws_random_numbers=any(op.is_random for op in ops),
+            draws_python_random=any(self.trace.calls[c].draws_python_random for c in span.calls),
             mutated_buffers=tuple(names),
             saved_ops=self._saved_ops(first_op, stop_op, saved),
         )

@@ -85,6 +85,10 @@ class Region(Record):
     draws_random_numbers: bool = Field(
         default=False, description="Random state is saved and restored around the recomputation."
     )
+    draws_python_random: bool = Field(
+        default=False,
+        description="The states of Python's and NumPy's generators are saved and restored, too.",
+    )
     mutated_buffers: tuple[str, ...] = Field(
         default=(), description="Buffers that the region updates; they are updated exactly once."
     )
@@ -133,12 +137,26 @@ class Rewrite(Record):
     reason: str = ""
 
 
+class Severity(str, enum.Enum):
+    """How bad a hazard is: gradients are wrong, memory or time is wasted, or it is good to know."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
 class Hazard(Record):
-    """Something that could make training wrong or the prediction inexact, and what was done."""
+    """Something that could make training wrong or the prediction inexact, and what was done.
+
+    `fix` says what to do about it, `thread` names where people met it before, as repository#number.
+    """
 
     code: str
     where: str
     message: str
+    severity: Severity = Severity.NOTE
+    fix: str = ""
+    thread: str = ""
 
 
 class Plan(Record):
@@ -183,6 +201,10 @@ class Plan(Record):
     )
     cost_source: str = Field(default="", description="Where the seconds come from.")
     plan_seconds: float = Field(default=0.0, description="Time that planning took.")
+    replaces_checkpointing: bool = Field(
+        default=False,
+        description="The model's own calls of torch's checkpoint run plainly while the plan is on.",
+    )
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:

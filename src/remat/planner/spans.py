@@ -81,6 +81,7 @@ class Facts:
         first, stop = self.storages(span)
         inputs = set(self.inputs(span))
         outside: set[int] = set()
+        own: set[int] = set()
         for op in self.trace.ops[slice(*self.ops(span))]:
             schema = op.name.rpartition(".")[0]
             if schema in _NOT_REPLAYABLE:
@@ -94,14 +95,10 @@ class Facts:
                     return "it writes to its own input; it is kept."
                 if storage not in self.trace.buffer_names:
                     return "it writes to a tensor from outside that is no buffer; it is kept."
+                own.add(storage)
             outside.update(s for s in op.inputs if not first <= s < stop)
         for number in span.calls:
             call = self.trace.calls[number]
-            if call.draws_python_random:
-                return (
-                    "it draws from Python's or NumPy's generator, which is not restored; it is "
-                    "kept."
-                )
             if call.changed_state:
                 hint = (
                     " Set config.use_cache=False."
@@ -113,9 +110,7 @@ class Facts:
                 )
         release = self.trace.phase_start.get("optimizer", self.trace.num_ticks)
         end = self.ticks(span)[1]
-        for storage in inputs | outside:
-            if storage in self.trace.buffer_names:
-                continue
+        for storage in (inputs | outside) - own:  # what it updates itself is restored for it
             if any(end < tick < release for tick in self.writes.get(storage, ())):
                 return "what it reads is written to later, before backward; it is kept."
         return None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from remat.files import Record
+from remat.planner.records import Hazard, Severity
 
 
 class Measurement(Record):
@@ -74,3 +77,47 @@ class Simulation(Record):
     reserved_bytes: int | None = None
     breakdown: dict[str, int]
     samples: tuple[MemorySample, ...]
+
+
+class CheckReport(Record):
+    """What `remat.check` found; iterating over it gives the hazards.
+
+    `num_regions` are the calls that the model's own checkpointing recomputes in a step.
+    `was_compared`: the step ran for real as the model stands and with its checkpointing switched
+    off; `identical` says that both left the same loss, gradients, buffers and random state, bit
+    for bit or as close as the model is to itself; `differences` are those beyond that.
+    `peak_bytes` is the simulated peak of a step as the model stands (`None` where that step
+    fails), `plain_peak_bytes` without its checkpointing.
+    """
+
+    hazards: tuple[Hazard, ...]
+    num_regions: int
+    was_compared: bool
+    identical: bool
+    differences: tuple[Difference, ...] = ()
+    peak_bytes: int | None
+    plain_peak_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing worse than a note was found."""
+        return all(hazard.severity is Severity.NOTE for hazard in self.hazards)
+
+    # Replaces pydantic's walk over fields, which nothing needs here: a report is its hazards.
+    def __iter__(self) -> Iterator[Hazard]:  # type: ignore[override]
+        return iter(self.hazards)
+
+    def __len__(self) -> int:
+        return len(self.hazards)
+
+
+class GuardEvent(Record):
+    """What a guard saw in a step: `drift` from the predicted peak, or a plan `tightened`."""
+
+    kind: str
+    step: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int | None
+    budget_bytes: int
+    message: str

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remat.errors import ApplyError, VerificationError, WorkloadError
+from remat.errors import ApplyError, PlanMismatchError, VerificationError, WorkloadError
 from remat.planner.records import Plan, RewriteKind
 from remat.prove.allocator import record_peak, step_tensors
 from remat.prove.measure import check_real, restored
 from remat.prove.records import Difference, Verification
 from remat.regions.apply import Handle, apply, check_plan, is_applied
 from remat.regions.fingerprint import check_batch_matches, check_model_matches
+from remat.trace.generators import is_generator, state_of
 from remat.trace.standin import random_states, restore_random_states
 from remat.trace.step import (
     DEFAULT_OPTIMIZER,
@@ -40,7 +41,7 @@ _CANCELLED = 64.0  # rounding of a sum of 4,096 terms that cancel, in units of i
 
 
 @dataclass(slots=True)
-class _Outcome:
+class StepOutcome:
     """Everything that one step leaves behind, copied."""
 
     tensors: dict[str, Tensor | None] = field(default_factory=dict)
@@ -68,7 +69,7 @@ def verify(
 
     Raises
     ------
-    PlanMismatchError: if the plan was made for another model, batch or version.
+    PlanMismatchError: if the plan was made for another model, batch, mode or version.
     ApplyError: if a plan is on the model already.
     WorkloadError: if model, batch, loss or optimizer makes no step, or has no values.
     VerificationError: if the planned step fails.
@@ -78,11 +79,17 @@ def verify(
     device = check_real(model, batch)
     check_model_matches(model, plan.fingerprint)
     check_batch_matches(batch, plan.fingerprint)
+    if model.training != plan.fingerprint.training:
+        wanted, other = ("train", "eval") if plan.fingerprint.training else ("eval", "train")
+        raise PlanMismatchError(
+            f"the plan was made for a model in {wanted} mode, this one is in {other} mode: call "
+            f"model.{wanted}(), or make the plan again with remat.plan."
+        )
     if is_applied(model):
         raise ApplyError(
             "a plan is on this model: call handle.remove() first, verify applies the plan itself."
         )
-    step = functools.partial(_outcome, model, batch, loss=loss, optimizer=optimizer)
+    step = functools.partial(run_step, model, batch, loss=loss, optimizer=optimizer)
     reference = step()
     with apply(model, plan):
         try:
@@ -96,9 +103,9 @@ def verify(
     noise: tuple[Difference, ...] = ()
     within_rounding = bool(differences) and is_within_rounding(reference, differences, plan)
     if differences and not within_rounding:
-        noise = _noise(reference, differences, step)
+        noise = noise_between(reference, differences, step)
     measured = _warm_peak(model, batch, plan, loss, optimizer, device)
-    within_noise = bool(differences) and _is_within(differences, noise)
+    within_noise = bool(differences) and is_within(differences, noise)
     return Verification(
         identical=not differences,
         within_noise=within_noise,
@@ -114,15 +121,15 @@ def verify(
         budget_bytes=plan.budget_bytes,
         peak_error=plan.predicted_peak_bytes / measured - 1,
         within_budget=measured <= plan.budget_bytes,
-        notes=_notes(model, plan, reference, noise, differences if within_rounding else ()),
+        notes=_notes(plan, reference, noise, differences if within_rounding else ()),
     )
 
 
-def _outcome(
+def run_step(
     model: nn.Module, batch: Any, *, loss: Loss | None, optimizer: OptimizerLike
-) -> _Outcome:
+) -> StepOutcome:
     """Run one step and copy what it leaves; put the model back."""
-    outcome = _Outcome()
+    outcome = StepOutcome()
     counts: Counter[str] = Counter()
     with restored(model, batch), _counted_hooks(model, counts):
         stepper = make_optimizer(optimizer, model)
@@ -137,7 +144,7 @@ def _outcome(
                 tensors[_AFTER_STEP.format(name)] = parameter.detach().clone()
         for name, buffer in model.named_buffers():
             tensors[f"buffer {name}"] = buffer.detach().clone()
-        for name, state in _random_tensors().items():
+        for name, state in _random_tensors(model).items():
             tensors[f"random state of {name}"] = state
         outcome.training = {name: m.training for name, m in model.named_modules()}
     outcome.tensors = tensors
@@ -145,7 +152,7 @@ def _outcome(
     return outcome
 
 
-def compare(reference: _Outcome, other: _Outcome) -> tuple[Difference, ...]:
+def compare(reference: StepOutcome, other: StepOutcome) -> tuple[Difference, ...]:
     """List everything in which two steps differ, by bits."""
     found = []
     for name, before in reference.tensors.items():
@@ -202,8 +209,8 @@ def _presence(tensor: Tensor | None) -> str:
     return "none" if tensor is None else "a tensor"
 
 
-def _noise(
-    reference: _Outcome, differences: tuple[Difference, ...], step: Callable[[], _Outcome]
+def noise_between(
+    reference: StepOutcome, differences: tuple[Difference, ...], step: Callable[[], StepOutcome]
 ) -> tuple[Difference, ...]:
     """Return the largest difference of each tensor between any two unplanned steps.
 
@@ -220,12 +227,12 @@ def _noise(
                 if known is None or found.max_rel > known.max_rel:
                     worst[found.name] = found
         runs.append(again)
-        if not worst or _is_within(differences, tuple(worst.values())):
+        if not worst or is_within(differences, tuple(worst.values())):
             break
     return tuple(worst.values())
 
 
-def _is_within(differences: tuple[Difference, ...], noise: tuple[Difference, ...]) -> bool:
+def is_within(differences: tuple[Difference, ...], noise: tuple[Difference, ...]) -> bool:
     """Whether every tensor differs by at most twice what it differs by from itself.
 
     Twice, because the largest of a few repeats underestimates the noise. A parameter after the step
@@ -245,7 +252,7 @@ def _is_within(differences: tuple[Difference, ...], noise: tuple[Difference, ...
 
 
 def is_within_rounding(
-    reference: _Outcome, differences: tuple[Difference, ...], plan: Plan
+    reference: StepOutcome, differences: tuple[Difference, ...], plan: Plan
 ) -> bool:
     """Whether only what the plan sums in another order differs, by no more than rounding.
 
@@ -325,7 +332,8 @@ def _counted_hooks(model: nn.Module, counts: Counter[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _random_tensors() -> dict[str, Tensor]:
+def _random_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the state of every global generator, and of those that modules hold."""
     import pickle
 
     states = random_states()
@@ -339,13 +347,19 @@ def _random_tensors() -> dict[str, Tensor]:
                 tensors[f"cuda:{number}"] = item
         else:
             tensors[name] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+    for prefix, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if is_generator(value):
+                state = state_of(value)
+                if not isinstance(state, Tensor):
+                    state = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+                tensors[f"generator {prefix}.{name}".replace(" .", " ")] = state
     return tensors
 
 
 def _notes(
-    model: nn.Module,
     plan: Plan,
-    reference: _Outcome,
+    reference: StepOutcome,
     noise: tuple[Difference, ...],
     rounded: tuple[Difference, ...],
 ) -> tuple[str, ...]:
@@ -367,10 +381,5 @@ def _notes(
         notes.append(
             f"The unplanned model differs from itself in {len(noise)} tensors, by up to "
             f"{max(n.max_rel for n in noise):.2e} relatively."
-        )
-    if model.training != plan.fingerprint.training:
-        notes.append(
-            f"The plan was made with training={plan.fingerprint.training}, this model has "
-            f"training={model.training}."
         )
     return tuple(notes)

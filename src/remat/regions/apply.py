@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 from typing_extensions import Self
 
-from remat.errors import ApplyError, PlanMismatchError
+from remat.errors import ApplyError, PlanMismatchError, RematError
 from remat.planner.records import Plan, Region, Rewrite
 from remat.regions.fingerprint import check_model_matches
+from remat.regions.guards import must_run_eagerly
+from remat.regions.quiet import silence, unsilence
 from remat.regions.rewrites import HeadRuntime, install_rewrite, rewrite_on
 from remat.regions.runs import Follower, Run, follower_forward
 from remat.regions.runtime import RegionRuntime, StepClock, region_forward
@@ -66,7 +68,14 @@ def apply(model: nn.Module, plan: Plan) -> Handle:
     check_model(model)
     check_plan(plan)
     check_model_matches(model, plan.fingerprint)
-    install(model, plan.regions, plan.rewrites)
+    if plan.replaces_checkpointing and not is_applied(model):
+        silence(model)
+    try:
+        install(model, plan.regions, plan.rewrites)
+    except RematError:
+        if not is_applied(model):
+            unsilence(model)
+        raise
     return Handle(model, plan)
 
 
@@ -97,6 +106,7 @@ def remove(model: nn.Module) -> None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = installed.replaced
+    unsilence(model)
 
 
 def install(
@@ -133,6 +143,8 @@ def install(
             run = Run(members, first.argument, first.result)
             for member in members[1:]:
                 _replace(member, follower_forward, Follower(run, member.__dict__.get("forward")))
+        homes = tuple(home for b in mutated for home in buffers[b])
+        draws_python_random = any(region.draws_python_random for region in chosen)
         runtime = RegionRuntime(
             clock=clock,
             calls=None if len(calls) == first.num_calls else calls,
@@ -143,7 +155,9 @@ def install(
                 if region.saved_ops
             },
             preserve_rng_state=any(region.draws_random_numbers for region in chosen),
-            buffers=tuple(home for b in mutated for home in buffers[b]),
+            draws_python_random=draws_python_random,
+            is_eager=draws_python_random or must_run_eagerly(homes),
+            buffers=homes,
             replaced=module.__dict__.get("forward"),
             run=run,
             is_nested=first.is_nested,

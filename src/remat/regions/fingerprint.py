@@ -27,7 +27,7 @@ def fingerprint(
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         autocast = _dtype(torch.get_autocast_dtype(device_type))
     return Fingerprint(
-        model_class=_qualified(type(model)),
+        model_class=_class_of(model),
         parameters=_signatures(model.named_parameters()),
         buffers=_signatures(model.named_buffers()),
         batch=batch_signature(batch),
@@ -70,7 +70,7 @@ def check_model_matches(model: nn.Module, wanted: Fingerprint) -> None:
                 f"the plan was made with {name} {planned}, this is {name} {present}: what a step "
                 "keeps may differ. Make the plan again with remat.plan."
             )
-    found = _qualified(type(model))
+    found = _class_of(model)
     if found != wanted.model_class:
         raise PlanMismatchError(
             f"the plan was made for {wanted.model_class}, the model is {found}."
@@ -143,6 +143,14 @@ def _dtype(dtype: torch.dtype) -> str:
 def _qualified(thing: Any) -> str:
     target = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{target.__module__}.{target.__qualname__}"
+
+
+def _class_of(model: nn.Module) -> str:
+    """Name a model's class; that which `fully_shard` derives from it counts as the same."""
+    kind = type(model)
+    if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
+        kind = kind.__bases__[-1]
+    return _qualified(kind)
 
 
 def _minor(version: str) -> tuple[str, ...]:

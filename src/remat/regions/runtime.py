@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from remat.errors import ApplyError
+from remat.regions.guards import Guarded, refuse_transforms, run_eagerly
 from remat.regions.runs import HookTable, Run, with_tensors_first
 from remat.trace.caches import Filled, caches_in, with_empty_caches
 
@@ -56,9 +57,10 @@ class RegionRuntime:
     """How one module's forward is run under a plan.
 
     `calls` are the calls within a step that are recomputed, of `num_calls` in all; `None` is all
-    of them. `buffers` are (module, name) pairs that the forward updates. `replaced` is a forward
-    that the instance already had, which the region wraps and `remove` puts back. A region that
-    `is_nested` runs again, as a region, inside the recomputation of the one around it.
+    of them. `is_eager` keeps it out of what torch.compile compiles. `buffers` are (module, name)
+    pairs that the forward updates. `replaced` is a forward that the instance already had, which the
+    region wraps and `remove` puts back. A region that `is_nested` runs again, as a region, inside
+    the recomputation of the one around it.
     """
 
     clock: StepClock
@@ -66,6 +68,8 @@ class RegionRuntime:
     num_calls: int = 1
     saved_ops: dict[int, frozenset[tuple[str, int]]] = field(default_factory=dict)
     preserve_rng_state: bool = False
+    draws_python_random: bool = False
+    is_eager: bool = False
     buffers: tuple[tuple[nn.Module, str], ...] = ()
     replaced: Callable[..., Any] | None = None
     run: Run | None = None
@@ -87,6 +91,8 @@ class RegionRuntime:
 
 def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwargs: Any) -> Any:
     """Run a module's forward as a checkpointed region where the plan says so."""
+    if runtime.is_eager and torch.compiler.is_compiling():
+        return run_eagerly(region_forward, module, runtime, *args, **kwargs)
     forward = runtime.replaced or types.MethodType(type(module).forward, module)
     run = runtime.run
     if run is not None:
@@ -101,12 +107,15 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
         forward = functools.partial(run.forward, forward)
     options: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
+        refuse_transforms()
         caches = caches_in((args, kwargs))
         if caches:
             forward = functools.partial(_fill_once, forward, [Filled(cache) for cache in caches])
         hooks = [table for table in _hook_tables(module, run) if table]
         if runtime.buffers or runtime.num_calls > 1 or hooks or saved_ops or caches:
             options["context_fn"] = functools.partial(_contexts, runtime, hooks, saved_ops)
+        members = (module,) if run is None else run.members
+        forward = Guarded(members, forward, draws_python_random=runtime.draws_python_random)
     if run is not None or runtime.is_nested:
         forward, args = with_tensors_first(forward, args, kwargs)
         kwargs = {}

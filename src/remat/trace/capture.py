@@ -104,7 +104,7 @@ def capture(
     try:
         return run(fake=True, device=device or torch.device("cpu"))
     except _NEEDS_VALUES as error:
-        if _is_abstract(model, batch):
+        if is_abstract(model, batch):
             raise CaptureError(
                 f"the step's control flow depends on computed values ({first_line(error)}), and "
                 "the model or batch has none (meta or fake tensors): pass real tensors, on a "
@@ -333,7 +333,8 @@ def _random_state_in_sight(recorder: Recorder) -> Iterator[None]:
         torch.get_rng_state = get
 
 
-def _is_abstract(model: nn.Module, batch: Any) -> bool:
+def is_abstract(model: nn.Module, batch: Any) -> bool:
+    """Whether a model or batch has no values: meta or fake tensors."""
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
 
     def note(tensor: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from remat.trace.caches import Filled, is_cache
+from remat.trace.generators import is_generator, state_of
 
 # Any: modules hold, and are called with, whatever the user made.
 
 _MODULE_TABLES: Final = frozenset(nn.Module().__dict__)
+_ABSENT: Final = object()
 _DEEPEST: Final = 4
 _MOST_ITEMS: Final = 1000
 _OPAQUE: Final = (
@@ -44,7 +46,7 @@ def first_change(before: Mapping[str, object], after: Mapping[str, object]) -> s
     if before == after:
         return ""
     places = {**before, **after}
-    return next(place for place in places if before.get(place) != after.get(place))
+    return next(p for p in places if before.get(p, _ABSENT) != after.get(p, _ABSENT))
 
 
 def _objects(arguments: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -63,6 +65,9 @@ def _look(value: Any, path: str, depth: int, found: dict[str, object]) -> None:
         found[path] = value
         return
     found[path] = id(value)
+    if is_generator(value):  # torch's show in the ops, which say whether they drew
+        found[f"state of {path}"] = None if isinstance(value, Generator) else str(state_of(value))
+        return
     if is_cache(value):
         found[f"entries of {path}"] = Filled(value)
         return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from remat.trace.generators import is_generator, put_state, state_of
 from remat.trace.values import SHADOW_LIMIT, set_value
 
 # Any: modules hold, and batches are, whatever the user made them of.
@@ -78,12 +79,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     saved = [dict(module.__dict__) for module in modules]
     containers = [(c, c.copy()) for c in _containers(saved)]
-    own = {
-        value: value.get_state()
+    own = [
+        (value, state_of(value))
         for attributes in saved
         for value in attributes.values()
-        if isinstance(value, torch.Generator)
-    }
+        if is_generator(value)
+    ]
     generators = random_states()
     try:
         yield
@@ -93,8 +94,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
         for container, content in containers:
             _refill(container, content)
-        for generator, state in own.items():
-            generator.set_state(state)
+        for generator, state in own:
+            put_state(generator, state)
         restore_random_states(generators)
 
 

@@ -1,0 +1,122 @@
+"""Under torch.compile a plan keeps its saving and its bits, put on before or after compiling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import remat
+from remat.fit import plan_policy
+from remat.planner.policies import AllBlocks
+from remat.prove.allocator import record_peak, step_tensors
+from tests.models import Block, square_mean
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # torch.compile's own
+]
+BACKEND = "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Compile anew in each test, and leave nothing behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Named(nn.Module):
+    """Blocks in a loop."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(32, dropout=dropout) for _ in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def made(dropout=0.0):
+    torch.manual_seed(0)
+    model, batch = Named(dropout), torch.randn(512, 32)
+    plan = plan_policy(model, batch, AllBlocks(), loss=square_mean, optimizer=None)
+    assert len(plan.regions) == 4
+    return model, batch, plan
+
+
+def outcome(model, batch, run):
+    """Gradients, and the peak of a warm step."""
+
+    def step():
+        torch.manual_seed(1)
+        square_mean(run, batch).backward()
+
+    step()
+    model.zero_grad(set_to_none=True)
+    peak = record_peak(step, step_tensors(model, batch, None), torch.device("cpu")).peak_bytes
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return gradients, peak
+
+
+def close(one, other):
+    """Whether gradients differ by rounding at most."""
+    return all((a - b).abs().max() <= 1e-5 * a.abs().max() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("order", ["before compiling", "after compiling", "after a step"])
+def test_saving_and_gradients_survive_compiling(order):
+    """The compiled planned peak is at most the predicted one, well below the compiled plain one."""
+    model, batch, plan = made()
+    plain, plain_peak = outcome(model, batch, torch.compile(model, backend=BACKEND))
+    eager, _ = outcome(model, batch, model)
+    assert close(plain, eager)
+    torch._dynamo.reset()
+    if order == "before compiling":
+        handle = remat.apply(model, plan)
+        compiled = torch.compile(model, backend=BACKEND)
+    else:
+        compiled = torch.compile(model, backend=BACKEND)
+        if order == "after a step":
+            outcome(model, batch, compiled)
+        handle = remat.apply(model, plan)
+    gradients, peak = outcome(model, batch, compiled)
+    assert close(gradients, plain)
+    assert peak <= plan.predicted_peak_bytes
+    assert peak < 0.8 * plain_peak
+    handle.remove()
+    again, peak = outcome(model, batch, compiled)
+    assert close(again, plain)
+    assert peak == plain_peak
+
+
+def test_dropout_is_that_of_the_compiled_model():
+    """With dropout the compiled planned step draws what the compiled plain step draws."""
+    model, batch, plan = made(dropout=0.5)
+    plain, plain_peak = outcome(model, batch, torch.compile(model, backend=BACKEND))
+    torch._dynamo.reset()
+    with remat.apply(model, plan):
+        planned, peak = outcome(model, batch, torch.compile(model, backend=BACKEND))
+    assert close(planned, plain)
+    assert peak < 0.8 * plain_peak
+    forgetful = [r.model_copy(update={"draws_random_numbers": False}) for r in plan.regions]
+    broken = plan.model_copy(update={"regions": tuple(forgetful)})
+    with remat.apply(model, broken):
+        other, _ = outcome(model, batch, model)
+    assert not close(other, outcome(model, batch, model)[0])  # eager: the comparison can fail
+
+
+def test_compiling_each_block_keeps_the_plan():
+    """Blocks compiled one by one in place, as torchtitan does, under a plan put on before."""
+    model, batch, plan = made()
+    plain, plain_peak = outcome(model, batch, model)
+    with remat.apply(model, plan):
+        for block in model.blocks:
+            block.compile(backend=BACKEND)
+        planned, peak = outcome(model, batch, model)
+    assert close(planned, plain)
+    assert peak < 0.8 * plain_peak

@@ -37,6 +37,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/checkmate.py
+	$(BIN)/python benchmarks/scaling.py
 
 # torch comes first and alone: where a build for this machine is at hand it is taken as it is.
 $(INSTALLED): pyproject.toml constraints.txt Makefile

@@ -13,16 +13,11 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import datetime as dt
-import hashlib
 import json
 import os
-import platform
-import re
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:  # run as a file
@@ -32,26 +27,30 @@ if str(ROOT) not in sys.path:  # run as a file
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
 from benchmarks.core_report import draw_front, markdown, summarize  # noqa: E402
-from benchmarks.stages import path_of  # noqa: E402
+from benchmarks.runner import (  # noqa: E402
+    Data,
+    Runner,
+    environment,
+    hardware,
+    path_of,
+    read_if_there,
+    source_digest,
+)
 from remat.files import write_atomically  # noqa: E402
-
-# Any: stages exchange JSON.
-Data = dict[str, Any]
 
 MODELS = ("gpt2s", "gpt2", "llama", "t5", "vit", "resnet50", "convnext", "unet", "moe")
 ABSTRACT = "llama8b"
 PICTURED = "gpt2"
-_STAGE_LIMIT_S = 3600
 
 
 def main() -> int:
     """Run what is not done yet, then write results, table and picture."""
     arguments = _arguments()
     points, sweep = (3, 5) if arguments.quick else (arguments.budgets, arguments.sweep)
-    work = arguments.out / ".work" / f"{_source_digest()}-{points}-{sweep}-{arguments.threads}"
+    work = arguments.out / ".work" / f"{source_digest()}-{points}-{sweep}-{arguments.threads}"
     work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    runner = Runner(work, arguments.threads)
+    runner = CoreRunner(work, arguments.threads)
     for number, model in enumerate(arguments.models):
         print(f"[{number + 1}/{len(arguments.models)}] {model}", flush=True)
         runner.run_all(model, points=points, sweep=sweep, jobs=arguments.jobs, timed=arguments.time)
@@ -60,7 +59,7 @@ def main() -> int:
         runner.run("abstract", ABSTRACT)
     results = _collect(work, arguments, points, runner.failures)
     date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
-    stem = arguments.out / f"core_{_hardware()}_{date}"
+    stem = arguments.out / f"core_{hardware()}_{date}"
     write_atomically(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
     write_atomically(stem.with_suffix(".md"), markdown(results))
     print(markdown(results))
@@ -89,79 +88,30 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Runner:
-    """Runs stages in processes of their own and remembers which failed."""
-
-    def __init__(self, work: Path, threads: int) -> None:
-        self._work = work
-        self._environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
-        self.failures: list[Data] = []
+class CoreRunner(Runner):
+    """Runs the stages of the core benchmark in their order."""
 
     def run_all(self, model: str, *, points: int, sweep: int, jobs: int, timed: bool) -> None:
-        """Run every stage of one model.
-
-        What is planned and timed runs alone, because its seconds are published; what only checks
-        bytes and bits runs in `jobs` processes at once.
-        """
+        """Run every stage of one model, `jobs` processes at once; times alone."""
         if not self.run("bounds", model, points=points):
             return
-        for index in range(points):
-            self.run("plan", model, index=index)
-        self.run("sweep", model, points=sweep)
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            # The first of each makes what the others read.
-            checks = [
+            rest = [
+                pool.submit(self.run, "verify", model, points=points),
+                pool.submit(self.run, "sweep", model, points=sweep),
                 pool.submit(self.run, "policies", model),
                 pool.submit(self.run, "targets", model),
-                pool.submit(self.run, "verify", model, index=0, points=points),
-                *(pool.submit(self.run, "measure", model, index=i) for i in range(-1, points)),
+                pool.submit(self.run, "measure", model, index=-1),
+                *(pool.submit(self._plan_and_measure, model, i) for i in range(points)),
             ]
-            checks[2].result()
-            checks += [
-                pool.submit(self.run, "verify", model, index=i, points=points)
-                for i in range(1, points)
-            ]
-            for check in checks:
-                check.result()
+            for done in rest:
+                done.result()
         if timed:
             self.run("times", model, points=points)
 
-    def run(
-        self, stage: str, model: str, *, index: int | None = None, points: int | None = None
-    ) -> bool:
-        """Run one stage unless its file is there; return whether it is now."""
-        target = path_of(self._work, model, stage, index)
-        if target.exists():
-            return True
-        command = [sys.executable, "-m", "benchmarks.stages", stage, model]
-        command += ["--work", str(self._work)]
-        command += [] if index is None else ["--index", str(index)]
-        command += [] if points is None else ["--points", str(points)]
-        label = f"{stage}{'' if index is None else f' {index}'}"
-        begin = time.monotonic()
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=self._environment, capture_output=True, text=True,
-                timeout=_STAGE_LIMIT_S, check=False,
-            )  # fmt: skip
-            problem = "" if done.returncode == 0 else _last_line(done.stderr)
-        except subprocess.TimeoutExpired:
-            problem = f"took longer than {_STAGE_LIMIT_S} s"
-        seconds = time.monotonic() - begin
-        if target.exists() and not problem:
-            print(f"  {model} {label}: {seconds:.1f} s", flush=True)
-            return True
-        print(f"  {model} {label}: FAILED after {seconds:.1f} s: {problem}", flush=True)
-        self.failures.append({"model": model, "stage": label, "problem": problem})
-        return False
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "no message"
+    def _plan_and_measure(self, model: str, index: int) -> None:
+        if self.run("plan", model, index=index):
+            self.run("measure", model, index=index)
 
 
 # -- results ----------------------------------------------------------------------------------
@@ -169,12 +119,12 @@ def _last_line(text: str) -> str:
 
 def _collect(work: Path, arguments: argparse.Namespace, points: int, failures: list[Data]) -> Data:
     models = [_model(work, model, points) for model in arguments.models]
-    abstract = _read(path_of(work, ABSTRACT, "abstract"))
+    abstract = read_if_there(path_of(work, ABSTRACT, "abstract"))
     return {
         "schema_version": 1,
         "theme": "core",
         "date": dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds"),
-        "environment": _environment(arguments),
+        "environment": environment("core.py", arguments.threads),
         "summary": summarize(models, abstract),
         "models": models,
         "abstract": abstract,
@@ -183,22 +133,23 @@ def _collect(work: Path, arguments: argparse.Namespace, points: int, failures: l
 
 
 def _model(work: Path, model: str, points: int) -> Data:
-    found = _read(path_of(work, model, "bounds")) or {}
-    policies = _read(path_of(work, model, "policies")) or {"rows": [], "blocks": []}
-    times = _read(path_of(work, model, "times")) or {}
-    unplanned = _read(path_of(work, model, "measure", -1)) or {}
+    found = read_if_there(path_of(work, model, "bounds")) or {}
+    policies = read_if_there(path_of(work, model, "policies")) or {"rows": [], "blocks": []}
+    times = read_if_there(path_of(work, model, "times")) or {}
+    proofs = (read_if_there(path_of(work, model, "verify")) or {}).get("rows", [])
+    unplanned = read_if_there(path_of(work, model, "measure", -1)) or {}
     rows = []
     for index in range(points):
-        row = _read(path_of(work, model, "plan", index))
+        row = read_if_there(path_of(work, model, "plan", index))
         if row is None:
             continue
         row.pop("plan", None)
-        measured = (_read(path_of(work, model, "measure", index)) or {}).get("peak_bytes")
+        measured = (read_if_there(path_of(work, model, "measure", index)) or {}).get("peak_bytes")
         row["measured_bytes"] = measured
         if measured and row.get("predicted_bytes"):
             row["signed_error"] = row["predicted_bytes"] / measured - 1
         row["best_policy"] = _best_policy(policies["rows"], row["asked_bytes"])
-        row["verify"] = _read(path_of(work, model, "verify", index))
+        row["verify"] = proofs[index] if index < len(proofs) else None
         row["time"] = times.get(str(index))
         rows.append(row)
     return {
@@ -209,8 +160,8 @@ def _model(work: Path, model: str, points: int) -> Data:
         "rows": rows,
         "policies": policies["rows"],
         "blocks": policies["blocks"],
-        "sweep": (_read(path_of(work, model, "sweep")) or {}).get("rows", []),
-        "targets": (_read(path_of(work, model, "targets")) or {}).get("rows", []),
+        "sweep": (read_if_there(path_of(work, model, "sweep")) or {}).get("rows", []),
+        "targets": (read_if_there(path_of(work, model, "targets")) or {}).get("rows", []),
         "times": {name: times[name] for name in ("nothing", "all blocks") if name in times},
     }
 
@@ -219,50 +170,6 @@ def _best_policy(policies: list[Data], asked_bytes: int) -> Data | None:
     """Return the cheapest fixed policy whose predicted peak fits, without any margin."""
     fitting = [policy for policy in policies if policy["peak_bytes"] <= asked_bytes]
     return min(fitting, key=lambda policy: policy["seconds"], default=None)
-
-
-def _read(path: Path) -> Data | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-# -- where it ran -----------------------------------------------------------------------------
-
-
-def _environment(arguments: argparse.Namespace) -> Data:
-    import torch
-
-    from remat.evaluation.environment import describe_environment
-
-    torch.set_num_threads(arguments.threads)
-    command = f"python benchmarks/core.py {' '.join(sys.argv[1:])}".strip()
-    described = describe_environment(torch.device("cpu"), command=command)
-    return json.loads(described.model_dump_json()) | {"num_cores": os.cpu_count()}
-
-
-def _hardware() -> str:
-    """Name the machine for a file: processor and cores."""
-    import torch
-
-    from remat.evaluation.environment import describe_environment
-
-    processor = describe_environment(torch.device("cpu")).processor or platform.machine()
-    words = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
-    return f"{words}-{os.cpu_count()}cores"
-
-
-def _source_digest() -> str:
-    """Digest the package and the benchmark: results of other code are not taken over."""
-    digest = hashlib.sha256()
-    folders = (ROOT / "src" / "remat", ROOT / "benchmarks")
-    for path in sorted(p for folder in folders for p in folder.rglob("*.py")):
-        if path.name not in ("core.py", "core_report.py") and not _is_presentation(path):
-            digest.update(path.read_bytes())
-    digest.update((ROOT / "src" / "remat" / "cost" / "devices.toml").read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _is_presentation(path: Path) -> bool:
-    return bool({"cli", "report", "runs", "evaluation"} & set(path.relative_to(ROOT).parts))
 
 
 if __name__ == "__main__":

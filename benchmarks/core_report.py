@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.runner import Data, where
+
 # Any: results are JSON.
-Data = dict[str, Any]
 
 _MIB = 1024**2
 _CONVOLUTIONAL = ("resnet50", "convnext", "unet")
@@ -128,8 +129,8 @@ def _misses(row: Data) -> bool:
 
 def markdown(results: Data) -> str:
     """Write the results as a page."""
-    lines = ["# Core benchmark", "", _where(results), "", _LEGEND, "", "## Scores", ""]
-    lines += _table(
+    lines = ["# Core benchmark", "", where(results), "", _LEGEND, "", "## Scores", ""]
+    lines += table(
         ("model", "within budget", "largest error", "identical", "dearer than a policy",
          "not monotone", "slowest plan", "open"),
         (
@@ -166,18 +167,6 @@ _LEGEND = (
     "device `cpu`. A plan is dearer than a policy if its estimated seconds, with what regions add, "
     "are more. Verified with dropout on: loss, gradients, buffers, random state, bit for bit."
 )
-
-
-def _where(results: Data) -> str:
-    where = results["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    changed = " with changes" if where["git_dirty"] else ""
-    return (
-        f"{where['processor']}, {where['num_cores']} cores, {where['num_threads']} threads per "
-        f"process; Python {where['python']}, {versions}; commit "
-        f"{(where['git_commit'] or 'unknown')[:12]}{changed}; {results['date']}; "
-        f"`{where['command']}`."
-    )
 
 
 def _abstract_sentence(abstract: Data) -> str:
@@ -223,7 +212,7 @@ def _model_section(model: Data) -> list[str]:
     if model["times"]:
         spoken = (f"{name} {_step_time(value)}" for name, value in model["times"].items())
         lines.append(f"Step time, median and interquartile range: {', '.join(spoken)}.")
-    lines += ["", *_table([*headings, *(["step time"] if timed else [])], body)]
+    lines += ["", *table([*headings, *(["step time"] if timed else [])], body)]
     return lines
 
 
@@ -254,10 +243,10 @@ def _targets_section(models: list[Data]) -> list[str]:
         "model", "asked MiB", "+ workspace", "its best fixed policy", "its blocks + sub-modules",
         "ours", "ours at its prices", "",
     )  # fmt: skip
-    return ["", "## The prototype's budgets", "", spoken, "", *_table(headings, rows)]
+    return ["", "## The prototype's budgets", "", spoken, "", *table(headings, rows)]
 
 
-def _table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+def table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
     names = list(headings)
     return [
         "| " + " | ".join(names) + " |",

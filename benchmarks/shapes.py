@@ -278,6 +278,13 @@ def prenorm_blocks(
     return Case(model, torch.randn(batch, tokens, width), mean_loss)
 
 
+def thin_resnet(*, depth: int, batch: int, pixels: int = 32, labels: int = 10) -> Case:
+    """ResNet of 6n + 2 layers for small images (He et al. 2016, arXiv:1512.03385, section 4.2)."""
+    model = ThinResNet((depth - 2) // 6, labels)
+    images, targets = torch.randn(batch, 3, pixels, pixels), torch.randint(0, labels, (batch,))
+    return Case(model, (images, targets), classification_loss)
+
+
 class MLPBlock(nn.Module):
     """x + linear(gelu(linear(norm(x))))."""
 
@@ -286,7 +293,7 @@ class MLPBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, inner)
         self.down = nn.Linear(inner, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = _dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the MLP of the normalized input."""
@@ -301,7 +308,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = _dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend from each token to all."""
@@ -311,6 +318,11 @@ class SelfAttention(nn.Module):
         weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
         mixed = (self.dropout(weights) @ v).transpose(1, 2).reshape(batch, tokens, width)
         return self.out(mixed)
+
+
+def _dropout(dropout: float) -> nn.Module:
+    """Leave dropout out where it is zero: tracing compilers copy what passes through one."""
+    return nn.Dropout(dropout) if dropout else nn.Identity()
 
 
 class PreNormBlock(nn.Module):
@@ -368,6 +380,55 @@ def _double_convolution(before: int, after: int) -> nn.Sequential:
         nn.BatchNorm2d(after),
         nn.ReLU(inplace=True),
     )
+
+
+class ThinResNet(nn.Module):
+    """Three stages of n basic blocks with 16, 32 and 64 channels."""
+
+    def __init__(self, blocks: int, labels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
+        widths = (16, 32, 64)
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(
+                    BasicBlock(before, after, 1 if before == after else 2),
+                    *(BasicBlock(after, after, 1) for _ in range(blocks - 1)),
+                )
+                for before, after in zip((16, *widths), widths, strict=False)
+            )
+        )
+        self.head = nn.Linear(64, labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a score per label."""
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions with BatchNorm around a shortcut without parameters."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.grows_by = stride, after - before
+        self.first = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+        )
+        self.second = nn.Sequential(
+            nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the transformed input to the input, subsampled and padded where the shape changes."""
+        shortcut = x
+        if self.grows_by:
+            shortcut = x[:, :, :: self.stride, :: self.stride]
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.grows_by))
+        return F.relu(shortcut + self.second(self.first(x)))
 
 
 class VGG19(nn.Module):

@@ -23,18 +23,19 @@ import numpy as np
 import torch
 
 import remat
+from benchmarks.runner import Data, path_of, read, write
 from benchmarks.shapes import Case
 from benchmarks.zoo import ZOO
 from remat.cost.devices import find_device
-from remat.files import write_atomically
 from remat.fit import Fit
-from remat.planner.policies import KeepAll, simple_policies
+from remat.planner.policies import AllBlocks, KeepAll, simple_policies
 from remat.units import MIB
 
-# Any: stages exchange JSON.
-Data = dict[str, Any]
+# Any: a device, or its name.
 
 DROPOUT = 0.1
+# The search ends by its limit on work; this one is for machines that do something else as well.
+TIME_LIMIT_S = 300.0
 _TIMING_ROUNDS = 5
 
 # What the prototype reached (fraction of the forward cost recomputed), by model and budget in MiB:
@@ -67,19 +68,15 @@ def main() -> None:
     _STAGES[arguments.stage](arguments.model, arguments)
 
 
-def path_of(work: Path, model: str, stage: str, index: int | None = None) -> Path:
-    """Return the file that a stage writes."""
-    return work / f"{model}.{stage}{'' if index is None else f'-{index}'}.json"
-
-
 # -- planning ---------------------------------------------------------------------------------
 
 
 def bounds(model: str, arguments: argparse.Namespace) -> None:
     """Find the least reachable and the keep-everything peak, and the budgets between them."""
     case = ZOO[model].build()
-    least = remat.frontier(case.model, case.batch, points=1, loss=case.loss, optimizer=adamw)[0]
-    _write(
+    fit = Fit(case.model, case.batch, loss=case.loss, optimizer=adamw, time_limit_s=TIME_LIMIT_S)
+    least = fit.frontier(1)[0]
+    write(
         path_of(arguments.work, model, "bounds"),
         {
             "keep_all_bytes": least.keep_all_peak_bytes,
@@ -92,50 +89,53 @@ def bounds(model: str, arguments: argparse.Namespace) -> None:
 
 def plan(model: str, arguments: argparse.Namespace) -> None:
     """Plan one of the budgets, from nothing, as a user would."""
-    budget = _read(path_of(arguments.work, model, "bounds"))["budgets"][arguments.index]
-    _write(
+    budget = read(path_of(arguments.work, model, "bounds"))["budgets"][arguments.index]
+    write(
         path_of(arguments.work, model, "plan", arguments.index),
         _planned(ZOO[model].build(), budget),
     )
 
 
 def policies(model: str, arguments: argparse.Namespace) -> None:
-    """Simulate all, every-n, first-k and last-k for each n and k."""
+    """Look up all, every-n, first-k and last-k for each n and k on the timeline, which is exact."""
     case = ZOO[model].build()
     fit = Fit(case.model, case.batch, loss=case.loss, optimizer=adamw)
+    program = fit.plain
     rows = []
-    for policy in (KeepAll(), *simple_policies(len(fit.blocks))):
-        made = fit.policy(policy)
+    for policy in (KeepAll(), *simple_policies(len(program.blocks))):
+        chosen = [program.blocks[i] for i in policy.choose(len(program.blocks))]
+        recomputed = sum(program.options[p].seconds for p in chosen)
         rows.append(
             {
                 "label": policy.label,
-                "peak_bytes": made.predicted_peak_bytes,
-                "fraction": made.recompute_fraction,
-                "seconds": made.recompute_seconds,
+                "peak_bytes": program.timeline.curve(chosen).peak_bytes,
+                "fraction": recomputed / program.cost.forward_seconds,
+                "seconds": program.solver.cost(chosen),
             }
         )
-    _write(
+    write(
         path_of(arguments.work, model, "policies"),
         {
-            "blocks": [fit.options[position].module for position in fit.blocks],
-            "all_blocks": _text_of(fit.policy(simple_policies(len(fit.blocks))[0])),
+            "blocks": [program.options[position].module for position in program.blocks],
+            "all_blocks": _text_of(fit.policy(AllBlocks())),
             "rows": rows,
         },
     )
 
 
 def sweep(model: str, arguments: argparse.Namespace) -> None:
-    """Plan many budgets, each from nothing: more must never cost more."""
-    found = _read(path_of(arguments.work, model, "bounds"))
+    """Plan many rising budgets, each searched from nothing: more must never cost more."""
+    found = read(path_of(arguments.work, model, "bounds"))
     case = ZOO[model].build()
+    fit = Fit(case.model, case.batch, loss=case.loss, optimizer=adamw, time_limit_s=TIME_LIMIT_S)
     rows = []
     for budget in np.linspace(
         found["least_budget_bytes"], found["keep_all_bytes"], arguments.points
     ):
-        row = _planned(case, int(budget))
+        row = _timed(fit.plan, int(budget))
         row.pop("plan", None)
         rows.append(row)
-    _write(path_of(arguments.work, model, "sweep"), {"rows": rows})
+    write(path_of(arguments.work, model, "sweep"), {"rows": rows})
 
 
 def targets(model: str, arguments: argparse.Namespace) -> None:
@@ -145,7 +145,7 @@ def targets(model: str, arguments: argparse.Namespace) -> None:
     cheap = dataclasses.replace(
         find_device("cpu"), region_overhead_s=60e-6, saved_tensor_overhead_s=0.0
     )
-    keep_all_mib = _read(path_of(arguments.work, model, "bounds"))["keep_all_bytes"] / MIB
+    keep_all_mib = read(path_of(arguments.work, model, "bounds"))["keep_all_bytes"] / MIB
     workspace_mib = max(0.0, keep_all_mib - WITHOUT_WORKSPACE_MIB.get(model, keep_all_mib))
     rows = []
     for asked_mib, (simple, submodules) in PROTOTYPE.get(model, {}).items():
@@ -163,7 +163,7 @@ def targets(model: str, arguments: argparse.Namespace) -> None:
                 "error": ours.get("error"),
             }
         )
-    _write(path_of(arguments.work, model, "targets"), {"rows": rows})
+    write(path_of(arguments.work, model, "targets"), {"rows": rows})
 
 
 # -- the real thing ---------------------------------------------------------------------------
@@ -174,47 +174,45 @@ def measure(model: str, arguments: argparse.Namespace) -> None:
     case = ZOO[model].build()
     text = None
     if arguments.index >= 0:
-        text = _read(path_of(arguments.work, model, "plan", arguments.index)).get("plan")
+        text = read(path_of(arguments.work, model, "plan", arguments.index)).get("plan")
     if arguments.index >= 0 and text is None:
-        _write(path_of(arguments.work, model, "measure", arguments.index), {"peak_bytes": None})
+        write(path_of(arguments.work, model, "measure", arguments.index), {"peak_bytes": None})
         return
     if text is not None:
         remat.apply(case.model, _plan_of(text))
     measured = _measure(case, steps=1)
-    _write(
+    write(
         path_of(arguments.work, model, "measure", arguments.index),
         {"peak_bytes": measured.peak_bytes, "seconds": measured.median_seconds},
     )
 
 
 def verify(model: str, arguments: argparse.Namespace) -> None:
-    """Plan with dropout on, and compare the planned step with the unplanned one."""
+    """Plan each budget with dropout on, and compare the planned step with the unplanned one."""
     case = ZOO[model].build(dropout=DROPOUT)
     common = {"loss": case.loss, "optimizer": adamw}
-    cached = path_of(arguments.work, model, "verify-bounds")
-    if not cached.exists():
-        least = remat.frontier(case.model, case.batch, points=1, **common)[0]
-        _write(cached, {"budgets": _between(least, arguments.points)})
-    budget = _read(cached)["budgets"][arguments.index]
-    made = remat.plan(case.model, case.batch, budget, **common)
-    proof = remat.verify(case.model, case.batch, made, **common)
-    _write(
-        path_of(arguments.work, model, "verify", arguments.index),
-        {
-            "asked_bytes": budget,
-            "identical": proof.identical,
-            "within_noise": proof.within_noise,
-            "passed": proof.passed,
-            "num_compared": proof.num_compared,
-            "num_regions": len(made.regions),
-            "num_random_regions": sum(r.draws_random_numbers for r in made.regions),
-            "predicted_bytes": proof.predicted_peak_bytes,
-            "measured_bytes": proof.measured_peak_bytes,
-            "within_budget": proof.within_budget,
-            "differences": [d.model_dump() for d in proof.differences[:5]],
-            "hazards": [h.model_dump() for h in made.hazards],
-        },
-    )
+    fit = Fit(case.model, case.batch, **common, time_limit_s=TIME_LIMIT_S)
+    rows = []
+    for budget in _between(fit.frontier(1)[0], arguments.points):
+        made = fit.plan(budget)
+        proof = remat.verify(case.model, case.batch, made, **common)
+        rows.append(
+            {
+                "asked_bytes": budget,
+                "identical": proof.identical,
+                "within_noise": proof.within_noise,
+                "passed": proof.passed,
+                "num_compared": proof.num_compared,
+                "num_regions": len(made.regions),
+                "num_random_regions": sum(r.draws_random_numbers for r in made.regions),
+                "predicted_bytes": proof.predicted_peak_bytes,
+                "measured_bytes": proof.measured_peak_bytes,
+                "within_budget": proof.within_budget,
+                "differences": [d.model_dump() for d in proof.differences[:5]],
+                "hazards": [h.model_dump() for h in made.hazards],
+            }
+        )
+    write(path_of(arguments.work, model, "verify"), {"rows": rows})
 
 
 def times(model: str, arguments: argparse.Namespace) -> None:
@@ -222,10 +220,10 @@ def times(model: str, arguments: argparse.Namespace) -> None:
     case = ZOO[model].build()
     contenders: dict[str, str | None] = {
         "nothing": None,
-        "all blocks": _read(path_of(arguments.work, model, "policies"))["all_blocks"],
+        "all blocks": read(path_of(arguments.work, model, "policies"))["all_blocks"],
     }
     for index in range(arguments.points):
-        text = _read(path_of(arguments.work, model, "plan", index)).get("plan")
+        text = read(path_of(arguments.work, model, "plan", index)).get("plan")
         if text is not None:
             contenders[str(index)] = text
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -240,21 +238,21 @@ def times(model: str, arguments: argparse.Namespace) -> None:
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4)
         rows[name] = {"median_s": middle, "iqr_s": high - low, "rounds": len(values)}
-    _write(path_of(arguments.work, model, "times"), rows)
+    write(path_of(arguments.work, model, "times"), rows)
 
 
 def abstract(model: str, arguments: argparse.Namespace) -> None:
     """Plan a model beyond the machine's memory, built on the meta device."""
-    started = time.monotonic()
+    started = time.process_time()
     case = ZOO[model].build(device="meta")
-    built = time.monotonic()
+    built = time.process_time()
     made = remat.plan(case.model, case.batch, "70%", loss=case.loss, optimizer=adamw)
-    _write(
+    write(
         path_of(arguments.work, model, "abstract"),
         {
             "parameters": sum(p.numel() for p in case.model.parameters()),
             "build_s": built - started,
-            "plan_s": time.monotonic() - built,
+            "plan_s": time.process_time() - built,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024),
             "keep_all_bytes": made.keep_all_peak_bytes,
@@ -271,16 +269,25 @@ def abstract(model: str, arguments: argparse.Namespace) -> None:
 
 
 def _planned(case: Case, budget: int, device: Any = None) -> Data:
-    started = time.monotonic()
+    def make(asked: int) -> remat.Plan:
+        return remat.plan(
+            case.model, case.batch, asked, loss=case.loss, optimizer=adamw, device=device,
+            time_limit_s=TIME_LIMIT_S,
+        )  # fmt: skip
+
+    return _timed(make, budget)
+
+
+def _timed(make: Callable[[int], remat.Plan], budget: int) -> Data:
+    """Plan, and count the processor's seconds: planning runs on one thread."""
+    started = time.process_time()
     try:
-        made = remat.plan(
-            case.model, case.batch, budget, loss=case.loss, optimizer=adamw, device=device
-        )
+        made = make(budget)
     except remat.BudgetError as error:
         return {
             "asked_bytes": budget,
             "error": f"infeasible: least reached {error.minimum_bytes / MIB:.1f} MiB",
-            "plan_s": time.monotonic() - started,
+            "plan_s": time.process_time() - started,
         }
     return {
         "asked_bytes": budget,
@@ -290,7 +297,7 @@ def _planned(case: Case, budget: int, device: Any = None) -> Data:
         "lower_bound_fraction": made.lower_bound_fraction,
         "outcome": made.outcome.value,
         "num_regions": len(made.regions),
-        "plan_s": time.monotonic() - started,
+        "plan_s": time.process_time() - started,
         "plan": _text_of(made),
     }
 
@@ -313,14 +320,6 @@ def _text_of(made: remat.Plan) -> str:
 
 def _plan_of(text: str) -> remat.Plan:
     return remat.Plan.from_data(json.loads(text), source="the benchmark's own plan")
-
-
-def _read(path: Path) -> Data:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, data: Data) -> None:
-    write_atomically(path, json.dumps(data, indent=1) + "\n")
 
 
 _STAGES: dict[str, Callable[[str, argparse.Namespace], None]] = {

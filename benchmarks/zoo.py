@@ -97,6 +97,16 @@ ZOO: dict[str, Entry] = {
             note="the published head and loss are not known: 882.43 MiB with ours (-0.02 %)",
         ),
         Entry(
+            name="chain32",
+            make=lambda dropout: shapes.chain(blocks=32, width=128, rows=2048, dropout=dropout),
+            note="short enough that the dynamic programme of chains is exact to a few KiB",
+        ),
+        Entry(
+            name="chain6",
+            make=lambda dropout: shapes.chain(blocks=6, width=16, rows=64, dropout=dropout),
+            note="for tests",
+        ),
+        Entry(
             name="moe",
             make=lambda dropout: shapes.moe(
                 layers=4, width=256, inner=512, heads=4, key_value_heads=2, experts=4, used=2,

@@ -86,8 +86,8 @@ def test_no_fixed_policy_is_cheaper(name):
 
     case = TINY[name].build()
     fit = Fit(case.model, case.batch, loss=case.loss)
-    assert len(fit.blocks) >= 2
-    for policy in simple_policies(len(fit.blocks)):
+    assert len(fit.plain.blocks) >= 2
+    for policy in simple_policies(len(fit.plain.blocks)):
         fixed = fit.policy(policy)
         ours = fit.plan(fixed.budget_bytes)
         assert ours.recompute_seconds <= fixed.recompute_seconds * (1 + 1e-6), policy.label

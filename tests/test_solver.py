@@ -40,7 +40,7 @@ def all_choices(options, chosen=(), start=0):
 def test_cheapest_equals_the_best_of_all_plans(widths):
     """At every budget the solver's cost is the least among all plans, found by brute force."""
     model = nn.Sequential(*(Residual(24, inner, norm=True, dropout=0.1) for inner in widths))
-    fit = Fit(model, torch.randn(64, 24), loss=square_mean)
+    fit = Fit(model, torch.randn(64, 24), loss=square_mean).plain
     plans = [
         (fit.timeline.curve(chosen).peak_bytes, fit.solver.cost(chosen))
         for chosen in all_choices(fit.options)
@@ -94,21 +94,21 @@ def module_trees(draw):
 def test_timeline_equals_simulation_on_random_trees(built, data):
     """The peak by the timeline of one trace is that of a traced run with the plan applied."""
     model, width = built
-    fit = Fit(model, torch.randn(32, width), loss=square_mean, optimizer=None)
+    fit = Fit(model, torch.randn(32, width), loss=square_mean, optimizer=None).plain
     chosen: set[int] = set()
     for position in data.draw(st.permutations(range(len(fit.options)))):
         option = fit.options[position]
         fits = not any(option.excludes(fit.options[p]) for p in chosen)
         if fits and data.draw(st.booleans()):
             chosen.add(position)
-    simulated = fit._simulate(chosen).peak_bytes
+    simulated = fit.simulate(chosen).peak_bytes
     assert fit.timeline.curve(chosen).peak_bytes == pytest.approx(simulated, rel=1e-4, abs=256)
 
 
 def test_more_budget_never_costs_more():
     """Over twenty rising budgets the cost falls, and none becomes infeasible again."""
     model = nn.Sequential(*(Residual(32, 32 * (1 + i % 3), True, 0.1) for i in range(8)))
-    fit = Fit(model, torch.randn(128, 32), loss=square_mean)
+    fit = Fit(model, torch.randn(128, 32), loss=square_mean).plain
     least, most = fit.solver.least_peak().peak_bytes, fit.keep_all_peak_bytes
     costs = []
     for step in range(20):
@@ -124,7 +124,7 @@ def test_bound_is_below_the_best_of_all_plans():
     from remat.planner.bound import lower_bound_seconds
 
     model = nn.Sequential(*(Residual(24, inner, True, 0.0) for inner in (16, 64)))
-    fit = Fit(model, torch.randn(64, 24), loss=square_mean)
+    fit = Fit(model, torch.randn(64, 24), loss=square_mean).plain
     bounds = []
     for chosen in all_choices(fit.options):
         peak = fit.timeline.curve(chosen).peak_bytes

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from remat.prove.verify import verify
     from remat.regions.apply import Handle, apply
     from remat.replacing import replace_checkpointing
+    from remat.sizing.largest import LargestBatch, largest_batch
     from remat.workload import Workload
 
 # Public name -> module that defines it; imported on first use: `import remat` loads no torch.
@@ -73,6 +74,8 @@ _HOME = {
     "Severity": "remat.planner.records",
     "Device": "remat.cost.devices",
     "load_devices": "remat.cost.devices",
+    "largest_batch": "remat.sizing.largest",
+    "LargestBatch": "remat.sizing.largest",
     "Workload": "remat.workload",
     "ApplyError": "remat.errors",
     "BudgetError": "remat.errors",
@@ -117,6 +120,8 @@ __all__ = [
     "Severity",
     "Device",
     "load_devices",
+    "largest_batch",
+    "LargestBatch",
     "Workload",
     "ApplyError",
     "BudgetError",

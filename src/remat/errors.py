@@ -57,8 +57,8 @@ def _advice(largest_kind: str) -> str:
             "less state, frozen layers or a smaller model would help; recomputation cannot."
         )
     return (
-        "A smaller batch or shorter sequences would help most; then a loss computed in chunks, "
-        "or an optimizer with less state."
+        "A smaller batch or shorter sequences would help most; then a loss in slices, if chunks "
+        "were not allowed, or an optimizer with less state."
     )
 
 

@@ -22,14 +22,19 @@ _NOT_FINITE = frozenset({"Infinity", "-Infinity", "NaN"})
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
     """Write text under a temporary name, then rename it: a reader sees all of it or none."""
+    return write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write bytes under a temporary name, then rename it: a reader sees all of it or none."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(
         dir=target.parent, prefix=f".{target.name}.", suffix=".part"
     )
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).chmod(0o644)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from remat import __version__
-from remat.cli import check, demo, errors, evaluate, plan, report, runs, schema, verify
+from remat.cli import check, demo, errors, evaluate, fit, plan, report, runs, schema, verify
 from remat.cli.screen import show_warning
 
 _DEBUG_FLAG = "--debug"
@@ -27,7 +27,7 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog="Example: remat plan examples/digits_vit.py --budget 60%")(_root)
-    for module in (plan, verify, check, evaluate, report, runs, demo, schema):
+    for module in (plan, fit, verify, check, evaluate, report, runs, demo, schema):
         app.command(module.NAME, epilog=module.EXAMPLE)(module.command)
     return app
 

@@ -21,6 +21,7 @@ class Inputs:
     model: nn.Module
     batch: Batch
     step: dict[str, Any] = field(default_factory=dict)  # Any: the user's loss and optimizer
+    num_examples: int | None = None  # of one epoch, where the data say so
 
 
 def inputs_of(workload: Workload) -> Inputs:
@@ -29,13 +30,17 @@ def inputs_of(workload: Workload) -> Inputs:
     A workload without an optimizer is trained with the default one: the keyword is left out, as
     `optimizer=None` would mean a step without one.
     """
-    from remat.workloads import build_model, first_batch
+    from remat.workloads import build_model, first_batch, num_examples_in
 
     step: dict[str, Any] = {"loss": workload.loss}
     if workload.optimizer is not None:
         step["optimizer"] = workload.optimizer
     return Inputs(
-        name=workload.name, model=build_model(workload), batch=first_batch(workload), step=step
+        name=workload.name,
+        model=build_model(workload),
+        batch=first_batch(workload),
+        step=step,
+        num_examples=num_examples_in(workload.train_data),
     )
 
 

@@ -28,7 +28,9 @@ def command(
             "--device",
             metavar="NAME",
             show_default=False,
-            help="Estimate the seconds for this device of the table, instead of this machine.",
+            help="Plan for this device of the table, such as H100-80GB, which need not be here: "
+            "its kernels, its seconds and, on CUDA, what the caching allocator reserves. Without "
+            "--budget, all of its memory is the budget.",
         ),
     ] = None,
     output: Annotated[
@@ -43,6 +45,16 @@ def command(
             show_default=False,
             help=f"Plan N budgets for the Pareto front. {_FRONT_POINTS} for the sketch in the "
             "terminal, unless given; 0 leaves it out. With --json only where given.",
+        ),
+    ] = None,
+    chunks: Annotated[
+        bool | None,
+        typer.Option(
+            "--chunks/--no-chunks",
+            show_default=False,
+            help="Run a projection to classes and its loss in slices wherever that is cheaper, or "
+            "never. Unless given: where the budget cannot be met otherwise. Gradients then differ "
+            "in rounding.",
         ),
     ] = None,
     hf_config: Annotated[
@@ -62,6 +74,16 @@ def command(
             help="With --hf-config: 4x1024 (sequences x tokens) or 8x3x224x224 (images).",
         ),
     ] = None,
+    memory_timeline: Annotated[
+        Path | None,
+        typer.Option(
+            "--memory-timeline",
+            metavar="FILE",
+            show_default=False,
+            help="Write the planned step's allocations as a PyTorch memory snapshot: FILE.json, or "
+            "FILE.pickle for pytorch.org/memory_viz, which reads nothing else.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
     """Plan what to recompute so that a training step stays within a budget.
@@ -69,17 +91,23 @@ def command(
     The model is left as it is, and no real activation is allocated. Prints the plan and a sketch of
     the Pareto front: peak memory against what is computed twice.
     """
-    if budget is None and (output is not None or not frontier):
+    if device is not None:
+        from remat.cost.devices import find_device
+
+        row = find_device(device)
+        if budget is None and not frontier and row.kind != "cpu":
+            budget = str(row.available_bytes)
+    if budget is None and (output is not None or memory_timeline is not None or not frontier):
         raise typer.BadParameter("give a --budget, or --frontier N for the Pareto front alone.")
+    if memory_timeline is not None and memory_timeline.suffix not in (".json", ".pickle"):
+        raise typer.BadParameter(
+            f"--memory-timeline {str(memory_timeline)!r}: expected a name that ends in .json or "
+            ".pickle."
+        )
     if budget is not None:
         check_budget(budget)
     if output is not None and output.is_dir():
         raise typer.BadParameter(f"--output {str(output)!r} is a directory, expected a file.")
-    if device is not None:
-        from remat.cost.devices import find_device
-
-        find_device(device)
-
     from remat.cli.inputs import load_inputs
     from remat.cli.progress import ProgressBars
     from remat.cli.screen import machine_output, note
@@ -94,12 +122,18 @@ def command(
                 inputs.model,
                 inputs.batch,
                 device=device,
+                chunks=chunks,
                 progress=progress.by_share,
                 **inputs.step,
             )
             plan = None if budget is None else fit.plan(budget)
             points = (0 if as_json else _FRONT_POINTS) if frontier is None else frontier
             front = fit.frontier(points) if points else []
+            if plan is not None and memory_timeline is not None:
+                from remat.prove.snapshot import save_snapshot
+
+                save_snapshot(fit.memory_snapshot(plan), memory_timeline)
+                note(f"memory timeline written to {memory_timeline}")
         if plan is not None and output is not None:
             plan.save(output)
             note(f"plan written to {output}")

@@ -22,6 +22,7 @@ SCHEMAS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "run": ("remat.runs.records", "Run"),
         "verification": ("remat.prove.records", "Verification"),
         "measurement": ("remat.prove.records", "Measurement"),
+        "survey": ("remat.sizing.records", "Survey"),
         "simulation": ("remat.prove.records", "Simulation"),
         "check": ("remat.prove.records", "CheckReport"),
     }

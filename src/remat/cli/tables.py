@@ -108,6 +108,11 @@ def _comparison(proof: Verification) -> str:
         return "loss, gradients, buffers and random state: identical, bit for bit"
     if proof.within_noise:
         return "they differ no more than two runs without a plan differ from each other"
+    if proof.within_rounding:
+        return (
+            f"{len(proof.differences)} summed in another order, as planned, within "
+            f"{proof.tolerance:.1e}; the rest identical, bit for bit"
+        )
     return f"{len(proof.differences)} of them differ"
 
 

@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+from torch.autograd.profiler import profile
 
 # Any: the profiler's events have no stubs.
+
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 def most_allocated(step: Callable[[], object]) -> int:
     """Return the most bytes that a step's allocations add up to on the CPU at any time.
 
-    The legacy profiler is used because it writes one event per allocation in order and prints
-    nothing; what was alive before it started and is freed within the step is not seen.
+    What was alive before the step and is freed within it does not count. The profiler knows the
+    address of each block, and so which releases are of blocks that it saw allocated; its legacy
+    form does not, and reports releases of older blocks with sizes that may be out of date.
     """
-    config = torch.autograd.ProfilerConfig(  # type: ignore[attr-defined]
-        torch.autograd.ProfilerState.CPU,  # type: ignore[attr-defined]
-        False,
-        True,
-        False,
-        False,
-        False,
-        torch._C._profiler._ExperimentalConfig(),
-    )
-    torch.autograd._enable_profiler_legacy(config)  # type: ignore[attr-defined]
-    try:
+    with _quiet(), profile(profile_memory=True) as record:
         step()
-    finally:
-        threads: list[list[Any]] = torch.autograd._disable_profiler_legacy()  # type: ignore[attr-defined]
-    start: Any = next((event for events in threads for event in events), None)
-    changes: list[tuple[float, int]] = []
-    for events in threads:
-        changes.extend(
-            (start.cpu_elapsed_us(event), event.cpu_memory_usage())
-            for event in events
-            if event.kind() == "memory_alloc"
-        )
-    if len(threads) > 1:
-        changes.sort(key=lambda change: change[0])
+    results: Any = record.kineto_results
+    events: list[tuple[int, int, int]] = []
+    waiting = list(reversed(results.experimental_event_tree()))
+    while waiting:
+        event = waiting.pop()
+        fields = event.extra_fields
+        if hasattr(fields, "alloc_size"):
+            events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+        waiting.extend(reversed(event.children))
+    events.sort(key=lambda event: event[0])
+    blocks: dict[int, int] = {}
     alive = most = 0
-    for _, size in changes:
-        alive += size
-        most = max(most, alive)
+    for _, address, size in events:
+        if size > 0:
+            blocks[address] = size
+            alive += size
+            most = max(most, alive)
+        else:
+            alive -= blocks.pop(address, 0)
     return most
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the profiler, which reads its log level when it is first used, from printing."""
+    given = os.environ.get(_LOG_LEVEL)
+    os.environ.setdefault(_LOG_LEVEL, "99")
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[_LOG_LEVEL]

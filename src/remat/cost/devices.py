@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -28,6 +29,7 @@ _MOST_MEMORY: Final = 10 * 1024**4
 _MOST_BANDWIDTH: Final = 100e12
 _MOST_FLOPS: Final = 1e17
 _MOST_OVERHEAD: Final = 1.0
+_USABLE_SHARE: Final = 0.97
 
 # Any: what TOML holds is checked here before it becomes a Device.
 
@@ -40,6 +42,12 @@ class Device:
     ---------
     kind: one of `cpu`, `cuda`, `mps`, `rocm`.
     memory_bytes: the device's own memory.
+    usable_bytes: what torch can be given of it, the context included; by default 97 % of
+        `memory_bytes`, as drivers and error correction keep up to 3 %.
+    context_bytes: what the device's context takes outside torch's allocator.
+    workspace_bytes: what cuBLAS takes from torch's allocator for each thread that multiplies.
+    compute_capability: of an NVIDIA device, such as "9.0": it decides which kernels run.
+    memory_source: where these figures come from, with a date.
     bandwidth_bytes_per_s: peak of that memory.
     flops: dtype -> peak operations per second, dense; `float32` is required. `tf32` is the rate of
         float32 matrix products where TF32 is allowed.
@@ -62,9 +70,32 @@ class Device:
     region_overhead_s: float = 155e-6
     saved_tensor_overhead_s: float = 11e-6
     source: str = ""
+    usable_bytes: int | None = None
+    context_bytes: int = 0
+    workspace_bytes: int = 0
+    compute_capability: str | None = None
+    memory_source: str = ""
 
     def __post_init__(self) -> None:
         _check(self, f"device {self.name!r}")
+
+    @property
+    def available_bytes(self) -> int:
+        """Return what a training process may take in all, its context included."""
+        return self.usable_bytes or int(self.memory_bytes * _USABLE_SHARE)
+
+    @property
+    def torch_type(self) -> str:
+        """Return torch's name for the kind of device; AMD's devices go by `cuda`."""
+        return "cuda" if self.kind == "rocm" else self.kind
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Return the compute capability as two numbers."""
+        if self.compute_capability is None:
+            return None
+        major, _, minor = self.compute_capability.partition(".")
+        return int(major), int(minor)
 
     def flops_for(self, dtype: str) -> float:
         """Return the peak rate for a dtype; the rate of float32 where the table has none for it."""
@@ -205,9 +236,9 @@ def _device(name: str, row: dict[str, Any], file: str) -> Device:
 
 def _check(device: Device, where: str) -> None:
     """Refuse figures that no device has."""
-    for label in ("name", "kind", "source"):
+    for label in ("name", "kind", "source", "memory_source"):
         value = getattr(device, label)
-        if not isinstance(value, str) or (not value and label != "source"):
+        if not isinstance(value, str) or (not value and label in ("name", "kind")):
             raise DeviceError(f"{where}: {label} must be text, got {value!r}.")
     if device.kind not in KINDS:
         raise DeviceError(f"{where}: kind is {device.kind!r}, expected one of {', '.join(KINDS)}.")
@@ -217,6 +248,7 @@ def _check(device: Device, where: str) -> None:
             f"{where}: memory_bytes is {memory!r}, expected a whole number of bytes from 1 to "
             f"{_MOST_MEMORY} ({format_bytes(_MOST_MEMORY)})."
         )
+    _check_shares(device, where)
     _check_rate(device.bandwidth_bytes_per_s, _MOST_BANDWIDTH, f"{where}: bandwidth_bytes_per_s")
     if not isinstance(device.flops, Mapping) or "float32" not in device.flops:
         raise DeviceError(f"{where}: flops.float32 is missing.")
@@ -232,6 +264,29 @@ def _check(device: Device, where: str) -> None:
             raise DeviceError(
                 f"{where}: {label} is {seconds!r}, expected seconds from 0 to {_MOST_OVERHEAD:g}."
             )
+
+
+def _check_shares(device: Device, where: str) -> None:
+    """Refuse parts of the memory that are larger than it, and what is no compute capability."""
+    for label in ("usable_bytes", "context_bytes", "workspace_bytes"):
+        size = getattr(device, label)
+        if size is None and label == "usable_bytes":
+            continue
+        # Data sheets count in powers of ten, drivers in powers of two: 80 GB may be 79 GiB.
+        most = int(device.memory_bytes * 1.1) if label == "usable_bytes" else device.memory_bytes
+        least = 1 if label == "usable_bytes" else 0
+        if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= most:
+            raise DeviceError(
+                f"{where}: {label} is {size!r}, expected a whole number of bytes from {least} to "
+                f"{most} ({format_bytes(most)})."
+            )
+    capability = device.compute_capability
+    if capability is not None and not (
+        isinstance(capability, str) and re.fullmatch(r"[0-9]{1,2}\.[0-9]", capability)
+    ):
+        raise DeviceError(
+            f"{where}: compute_capability is {capability!r}, expected text such as '9.0'."
+        )
 
 
 def _check_rate(value: Any, most: float, where: str) -> None:

@@ -19,12 +19,12 @@ class CostModel:
     The roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) bounds an op's time from below
     by arithmetic and by traffic: max(FLOPs / peak FLOP/s, bytes / bandwidth); the device's
     dispatch overhead is added. `workspace` are bytes that a kernel takes for itself while it runs,
-    which fake tensors cannot show.
+    which fake tensors cannot show; `None` where planning is to find out by itself.
     """
 
     device: Device
     seconds: Mapping[OpSignature, float] = field(default_factory=dict)
-    workspace: Mapping[OpSignature, int] = field(default_factory=dict)
+    workspace: Mapping[OpSignature, int] | None = None
 
     @property
     def source(self) -> str:
@@ -44,7 +44,7 @@ class CostModel:
 
     def workspace_bytes(self, signature: OpSignature) -> int:
         """Return the bytes that the op's kernel takes beside its inputs and outputs."""
-        return self.workspace.get(signature, 0)
+        return (self.workspace or {}).get(signature, 0)
 
 
 # What each op of a region costs more in eager mode when some of the region's ops are saved: two

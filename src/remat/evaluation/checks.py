@@ -123,8 +123,9 @@ def planned_front(
 
 
 def _planned_extra(plan: Plan) -> float:
-    """Recomputation as a share of the step without it."""
-    return plan.recompute_seconds / plan.step_seconds
+    """What the plan adds to a step, as a share of the step without it."""
+    rewritten = sum(rewrite.added_seconds for rewrite in plan.rewrites)
+    return (plan.recompute_seconds + rewritten) / plan.step_seconds
 
 
 def _extra_time_factor(variants: Sequence[Variant], reference: Variant) -> float:

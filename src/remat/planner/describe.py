@@ -58,7 +58,8 @@ def describe_subject(made_for: Fingerprint) -> str:
 
 def figures(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Yield label, figure and remark of each line of the plan's head."""
-    yield "budget", format_bytes(plan.budget_bytes), f"{plan.budget_bytes} bytes"
+    on = f" on {plan.device}" if plan.predicted_reserved_bytes is not None else ""
+    yield "budget", format_bytes(plan.budget_bytes), f"{plan.budget_bytes} bytes{on}"
     share = plan.predicted_peak_bytes / plan.budget_bytes
     margin = f", {format_bytes(plan.margin_bytes)} kept free" if plan.margin_bytes else ""
     yield (
@@ -66,9 +67,19 @@ def figures(plan: Plan) -> Iterator[tuple[str, str, str]]:
         format_bytes(plan.predicted_peak_bytes),
         f"{share:.1%} of the budget{margin}",
     )
-    saved = plan.keep_all_peak_bytes - plan.predicted_peak_bytes
+    held = plan.predicted_peak_bytes
+    if plan.predicted_reserved_bytes is not None:
+        held = plan.predicted_reserved_bytes + plan.outside_bytes + plan.margin_bytes
+        remark = f"{held / plan.budget_bytes:.1%} of the budget, with the context's "
+        remark += f"{format_bytes(plan.outside_bytes)} and the margin"
+        yield "reserved", format_bytes(plan.predicted_reserved_bytes), remark
+    saved = plan.keep_all_peak_bytes - held
     remark = f"{format_bytes(saved)} more than planned" if saved > 0 else "the same"
     yield "keep-everything peak", format_bytes(plan.keep_all_peak_bytes), remark
+    if plan.rewrites:
+        count = len(plan.rewrites)
+        told = f"{plan.rewrites[0].module}: {plan.rewrites[0].reason}"
+        yield "in slices", f"{count} {'module' if count == 1 else 'modules'}", told
     source = f" ({plan.cost_source})" if plan.cost_source else ""
     extra = (
         f"{format_seconds(plan.recompute_seconds)} more than" if plan.regions else "no more than"

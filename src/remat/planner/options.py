@@ -1,14 +1,14 @@
-"""Options: the module calls of a trace that may be recomputed, and what each would take."""
+"""Options: the decisions that a solver chooses from, and what each frees, holds and costs."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from remat.cost.model import SELECTIVE_OP_OVERHEAD_S, StepCost
+from remat.cost.model import SELECTIVE_OP_OVERHEAD_S
 from remat.planner.records import Hazard, Region, SavedOp
-from remat.trace.records import BASE_KINDS, FORWARD, Call, Op, StepTrace
+from remat.planner.spans import Facts, Span
+from remat.trace.records import BASE_KINDS, FORWARD
 
 # Bytes of generator state that checkpointing keeps for each region that draws (CPU: Mersenne
 # twister, `torch.get_rng_state().numel()`); fake tensors do not show them.
@@ -18,72 +18,104 @@ RNG_STATE_BYTES = 5056
 _SAME_PRICE = 1.25
 _MOST_VARIANTS = 5
 
-# A recomputation of these would not give the same values.
-_NOT_REPLAYABLE = {
-    "aten.rrelu_with_noise": "RReLU's noise is filled in place and lost under saved-tensor hooks "
-    "(pytorch#193671)",
-    "aten.rrelu_with_noise_": "RReLU's noise is filled in place and lost under saved-tensor hooks "
-    "(pytorch#193671)",
-}
+_NO_PART = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """One module call as a region.
+class Part:
+    """One region of an option: the region itself, or one nested in it.
 
-    `first_op`..`stop_op` are recomputed when backward first reads one of its saved tensors, at
-    tick `recompute_at`; recomputation stops at the last tensor packed. `holds` are the storages
-    that the region keeps alive, with first and last tick: its inputs until the last of its saved
-    tensors is released, and the results of `saved_ops` until recomputation takes them.
-    `replay_bytes` is the most that recomputation itself holds.
+    Its ops `first_op`..`stop_op` run again when backward first reads a tensor saved inside it, at
+    tick `back_at`, and stop at the last tensor that anything needs; `release` is when the last of
+    these tensors is let go of. `parent` is the position of the part around it, -1 for the first.
     """
 
-    call: int
-    module: str
-    index: int
-    num_calls: int
-    parents: tuple[int, ...]
-    start: int
-    end: int
-    recompute_at: int
-    release: int
+    span: Span
+    parent: int
     first_op: int
     stop_op: int
-    seconds: float
-    overhead_seconds: float
-    holds: tuple[tuple[int, int, int], ...]
-    replay_bytes: int
-    held_bytes: int
     first_handle: int
     stop_handle: int
     first_storage: int
     stop_storage: int
+    back_at: int
+    release: int
+    region: Region
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A module call, or a run of calls, as a region, with the regions nested in it.
+
+    `holds` are (storage, first tick, last tick) of what it keeps alive: its inputs until the last
+    of its saved tensors is released, and the results of `saved_ops` until recomputation takes them.
+    `kept` are (first tick, last tick, bytes) of snapshots of buffers and random states. `replays`
+    are (tick, bytes): the most that a recomputation holds beside what is alive then.
+    `inner_inputs` are (storage, part, first tick, last tick) of copies that nested regions hold as
+    their inputs, made again by the recomputation of that part.
+    """
+
+    call: int
+    module: str
+    start: int
+    end: int
+    parts: tuple[Part, ...]
+    part_of: tuple[int, ...]
+    seconds: float
+    overhead_seconds: float
+    holds: tuple[tuple[int, int, int], ...]
+    kept: tuple[tuple[int, int, int], ...]
+    replays: tuple[tuple[int, int], ...]
+    inner_inputs: tuple[tuple[int, int, int, int], ...]
     cached: frozenset[int]
-    saved_ops: tuple[SavedOp, ...]
-    draws_random_numbers: bool
-    draws_python_random: bool
-    mutated_buffers: tuple[str, ...]
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """The calls that run as one region."""
+        return self.parts[0].span.calls
+
+    @property
+    def saved_ops(self) -> tuple[SavedOp, ...]:
+        """The ops whose results are kept."""
+        return self.parts[0].region.saved_ops
+
+    @property
+    def recompute_at(self) -> int:
+        """The tick of the first recomputation."""
+        return self.parts[0].back_at
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one module call without regions inside."""
+        return len(self.parts) == 1 and len(self.calls) == 1
+
+    def owner(self, part: int, storage: int) -> int:
+        """Return which part makes a storage anew, from a part outwards; -1 if none does."""
+        if storage in self.cached:
+            return _NO_PART
+        while part >= 0:
+            found = self.parts[part]
+            if found.first_storage <= storage < found.stop_storage:
+                return part
+            part = found.parent
+        return _NO_PART
+
+    def returns(self, handle: int, storage: int) -> tuple[int, int]:
+        """Return after which tick a saved tensor is back, and the part that made it anew or -1."""
+        part = self.part_of[handle - self.parts[0].first_handle] if self.part_of else 0
+        return self.parts[part].back_at, self.owner(part, storage)
 
     def owns(self, storage: int) -> bool:
         """Whether recomputation makes a storage anew, so that handles come back as copies."""
-        return self.first_storage <= storage < self.stop_storage and storage not in self.cached
+        return self.owner(0, storage) >= 0
 
     def excludes(self, other: Option) -> bool:
-        """Whether at most one of two options can be chosen: same call, or one in the other."""
-        return self.call == other.call or self.call in other.parents or other.call in self.parents
+        """Whether at most one of two options can be chosen: they share a part of the forward."""
+        return self.start <= other.end and other.start <= self.end
 
-    def region(self) -> Region:
-        """Return the decision to recompute this call, as data."""
-        return Region(
-            module=self.module,
-            call=self.index,
-            num_calls=self.num_calls,
-            draws_random_numbers=self.draws_random_numbers,
-            draws_python_random=self.draws_python_random,
-            mutated_buffers=self.mutated_buffers,
-            saved_ops=self.saved_ops,
-            recompute_seconds=self.seconds + self.overhead_seconds,
-        )
+    def regions(self) -> tuple[Region, ...]:
+        """Return the decision as data: the region, then those nested in it."""
+        return tuple(part.region for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,105 +126,97 @@ class OptionSet:
     hazards: tuple[Hazard, ...]
 
 
-def find_options(
-    trace: StepTrace, cost: StepCost, *, keep: frozenset[int] = frozenset()
-) -> OptionSet:
-    """List the module calls that may be recomputed.
+def find_options(facts: Facts, *, keep: frozenset[int] = frozenset()) -> OptionSet:
+    """List the module calls that may be recomputed, whole or but for some saved ops.
 
     Calls whose recomputation frees nothing (a linear layer saves its input, which must be held
     anyway) and all but one of calls that save the same tensors are left out, except those in
     `keep`.
     """
-    finder = _Finder(trace, cost)
+    builder = OptionBuilder(facts)
     options: list[Option] = []
     hazards: list[Hazard] = []
     seen: dict[tuple[int, int], int] = {}
-    for number, call in enumerate(trace.calls):
+    for number, call in enumerate(facts.trace.calls):
         if call.phase != FORWARD or not call.module or not call.uses_grad or call.stop_op < 0:
             continue
-        span = finder.handle_span(call)
-        if span[0] == span[1]:
+        span = Span((number,))
+        handles = facts.handles(span)
+        if handles[0] == handles[1]:
             continue
-        reason = finder.refusal(call)
+        reason = facts.refusal(span)
         if reason is not None:
             hazards.append(Hazard(code="not-replayable", where=call.module, message=reason))
             continue
-        option = finder.option(number, call, span)
+        option = builder.option(span)
         if option is None:
             continue
         if number not in keep:
-            if finder.droppable_bytes(option, span) == 0:
+            if not builder.drops_anything(option):
                 continue
-            twin = seen.get(span)
+            twin = seen.get(handles)
             if twin is not None:
                 if option.seconds < options[twin].seconds:
                     options[twin] = option
                 continue
-            seen[span] = len(options)
+            seen[handles] = len(options)
         options.append(option)
     for option in list(options):
-        options.extend(finder.selective(option))
+        options.extend(builder.selective(option))
     return OptionSet(tuple(options), tuple(hazards))
 
 
-class _Finder:
-    def __init__(self, trace: StepTrace, cost: StepCost) -> None:
-        self.trace = trace
-        self.cost = cost
-        self.packs = [h.pack for h in trace.handles]
-        self.is_saved = {h.storage for h in trace.handles}
-        self.births = [s.birth for s in trace.storages]
-        self.op_ticks = [op.tick for op in trace.ops]
-        self.writes: dict[int, list[int]] = {}
-        for op in trace.ops:
-            for storage in op.mutated:
-                self.writes.setdefault(storage, []).append(op.tick)
-        self.cost_until = [0.0]
-        for seconds in cost.op_seconds:
-            self.cost_until.append(self.cost_until[-1] + seconds)
-        self.calls_of: dict[str, int] = {}
-        for call in trace.calls:
-            if call.phase == FORWARD:
-                self.calls_of[call.module] = self.calls_of.get(call.module, 0) + 1
+class OptionBuilder:
+    """Work out what a span would free, hold and cost as a region."""
 
-    def handle_span(self, call: Call) -> tuple[int, int]:
-        """Return which handles were packed inside a call: a run, since calls nest."""
-        return bisect_left(self.packs, call.start), bisect_right(self.packs, call.end)
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.trace = facts.trace
+        self.cost = facts.cost
 
-    def storage_span(self, call: Call) -> tuple[int, int]:
-        return bisect_right(self.births, call.start), bisect_right(self.births, call.end)
+    def option(self, span: Span, saved: frozenset[int] = frozenset()) -> Option | None:
+        """Describe a span as a region; `None` if backward reads nothing that it saved.
 
-    def ops(self, call: Call) -> list[Op]:
-        return self.trace.ops[call.first_op : call.stop_op]
-
-    def refusal(self, call: Call) -> str | None:
-        """Say why a call cannot be recomputed, if it cannot."""
-        first, stop = self.storage_span(call)
-        inputs = set(call.inputs)
-        outside: set[int] = set()
-        for op in self.ops(call):
-            schema = op.name.rpartition(".")[0]
-            if schema in _NOT_REPLAYABLE:
-                return f"{_NOT_REPLAYABLE[schema]}; it is kept."
-            if op.is_random and _has_generator(self.trace, op):
-                return "it draws from a generator of its own, which is not restored; it is kept."
-            for storage in op.mutated:
-                if first <= storage < stop:
-                    continue
-                if storage in inputs:
-                    return "it writes to its own input; it is kept."
-                if storage not in self.trace.buffer_names:
-                    return "it writes to a tensor from outside that is no buffer; it is kept."
-            outside.update(s for s in op.inputs if not first <= s < stop)
-        if call.changed_state:
-            hint = " Set config.use_cache=False." if "past_key_values" in call.changed_state else ""
-            return f"it changes {call.changed_state}, which would change twice; it is kept.{hint}"
-        release = self.trace.phase_start.get("optimizer", self.trace.num_ticks)
-        own = {s for op in self.ops(call) for s in op.mutated if s in self.trace.buffer_names}
-        for storage in (inputs | outside) - own:  # what it updates itself is restored for it
-            if any(call.end < tick < release for tick in self.writes.get(storage, ())):
-                return "what it reads is written to later, before backward; it is kept."
-        return None
+        `saved` are the positions of ops whose results are kept; only without nested regions.
+        """
+        parts = self._parts(span, _NO_PART, [], saved)
+        if not parts:
+            return None
+        root = parts[0]
+        start, end = self.facts.ticks(span)
+        cached = frozenset(s for position in saved for s in self.trace.ops[position].fresh)
+        seconds = sum(self.facts.seconds(part.first_op, part.stop_op) for part in parts)
+        overhead = 0.0
+        for part in parts:
+            overhead += self.cost.region_overhead_s * (1 + (part.parent >= 0))
+            num_handles = part.stop_handle - part.first_handle
+            overhead += self.cost.saved_tensor_overhead_s * num_handles
+        if saved:
+            seconds -= sum(self.cost.op_seconds[position] for position in saved)
+            overhead += SELECTIVE_OP_OVERHEAD_S * (root.stop_op - root.first_op)
+        inner = tuple(self._inner_inputs(parts))
+        return Option(
+            call=span.calls[0],
+            module=root.region.module,
+            start=start,
+            end=end,
+            parts=tuple(parts),
+            part_of=self._part_of(parts),
+            seconds=seconds,
+            overhead_seconds=overhead,
+            holds=(
+                *(
+                    (s, start, root.release)
+                    for s in self.facts.inputs(span)
+                    if self.trace.storages[s].kind not in BASE_KINDS
+                ),
+                *((s, self.trace.storages[s].birth, root.back_at) for s in sorted(cached)),
+            ),
+            kept=tuple(self._snapshots(parts)),
+            replays=tuple(self._replays(parts, saved)),
+            inner_inputs=inner,
+            cached=cached,
+        )
 
     def selective(self, option: Option) -> Iterator[Option]:
         """Yield variants of a region that save the results of its dearest ops.
@@ -201,7 +225,6 @@ class _Finder:
         saves all ops from the dearest down to some price. Ops that draw, write in place, or whose
         result is written to later are never saved.
         """
-        call = self.trace.calls[option.call]
         ranked = sorted(self._savable(option), key=lambda item: -item[0])
         groups: list[tuple[float, list[int]]] = []
         for price, position in ranked:
@@ -212,167 +235,228 @@ class _Finder:
         chosen: list[int] = []
         for _, positions in groups[:_MOST_VARIANTS]:
             chosen += positions
-            made = self.option(
-                option.call, call, (option.first_handle, option.stop_handle), frozenset(chosen)
-            )
-            if made is not None and made.seconds > 0 and self._drops_anything(made):
+            made = self.option(option.parts[0].span, frozenset(chosen))
+            if made is not None and made.seconds > 0 and self.drops_anything(made):
                 yield made
 
+    def drops_anything(self, option: Option) -> bool:
+        """Whether any bytes that are made inside are held by saved tensors alone."""
+        root = option.parts[0]
+        handles = self.trace.handles[root.first_handle : root.stop_handle]
+        dropped = {h.storage for h in handles if option.owns(h.storage)}
+        return any(self.trace.storages[s].size_bytes for s in dropped)
+
     def _savable(self, option: Option) -> Iterator[tuple[float, int]]:
-        for position in range(option.first_op, option.stop_op):
+        for position in range(option.parts[0].first_op, option.parts[0].stop_op):
             op = self.trace.ops[position]
             size = sum(self.trace.storages[s].size_bytes for s in op.fresh)
             if not size or op.is_random or op.mutated or not op.flops:
                 continue
-            if any(self.writes.get(s) for s in op.fresh):
+            if any(self.facts.writes.get(s) for s in op.fresh):
                 continue
             yield self.cost.op_seconds[position] / size, position
 
-    def _drops_anything(self, option: Option) -> bool:
-        handles = self.trace.handles[option.first_handle : option.stop_handle]
-        dropped = {h.storage for h in handles if option.owns(h.storage)}
-        return any(self.trace.storages[s].size_bytes for s in dropped)
+    # -- parts ------------------------------------------------------------------------------------
 
-    def option(
-        self,
-        number: int,
-        call: Call,
-        span: tuple[int, int],
-        saved: frozenset[int] = frozenset(),
-    ) -> Option | None:
-        """Describe a call as a region; `None` if backward reads nothing that it saved.
-
-        `saved` are the positions of ops whose results are kept.
-        """
-        handles = self.trace.handles[span[0] : span[1]]
+    def _parts(
+        self, span: Span, parent: int, before: list[Part], saved: frozenset[int]
+    ) -> list[Part]:
+        """Describe a span and those nested in it, the outer before the inner."""
+        first_handle, stop_handle = self.facts.handles(span)
+        handles = self.trace.handles[first_handle:stop_handle]
         unpacked = [h.unpack for h in handles if h.unpack >= 0]
         if not unpacked:
-            return None
-        stop_op = max(h.ops_before for h in handles)
-        ops = self.ops(call)
-        first, stop = self.storage_span(call)
+            return []
+        first_op, _ = self.facts.ops(span)
+        inside = [self.facts.handles(child) for child in span.children]
+        direct = (
+            h.ops_before
+            for number, h in enumerate(handles, first_handle)
+            if not any(first <= number < stop for first, stop in inside)
+        )
+        # A nested region needs its inputs, and nothing of what it makes itself.
+        starts = (self.facts.ops(child)[0] for child in span.children)
+        first_storage, stop_storage = self.facts.storages(span)
+        position = len(before)
+        parts = [
+            Part(
+                span=span, parent=parent, first_op=first_op,
+                stop_op=max((*direct, *starts), default=first_op),
+                first_handle=first_handle, stop_handle=stop_handle,
+                first_storage=first_storage, stop_storage=stop_storage,
+                back_at=min(unpacked), release=max(h.end for h in handles),
+                region=self._region(span, saved, is_nested=parent >= 0),
+            )
+        ]  # fmt: skip
+        for child in span.children:
+            parts += self._parts(child, position, [*before, *parts], saved)
+        return parts
+
+    def _region(self, span: Span, saved: frozenset[int], *, is_nested: bool) -> Region:
+        first_op, stop_op = self.facts.ops(span)
+        ops = self.trace.ops[first_op:stop_op]
         names = dict.fromkeys(
             name
             for op in ops
             for storage in op.mutated
             for name in self.trace.buffer_names.get(storage, ())[:1]
         )
-        snapshot = sum(
-            self.trace.storages[s].size_bytes
-            for s in {s for op in ops for s in op.mutated if s in self.trace.buffer_names}
-        )
-        draws = any(op.is_random for op in ops)
-        recompute_at, release = min(unpacked), max(h.end for h in handles)
-        cached = frozenset(s for position in saved for s in self.trace.ops[position].fresh)
-        seconds = self.cost_until[stop_op] - self.cost_until[call.first_op]
-        overhead = self.cost.region_overhead_s + self.cost.saved_tensor_overhead_s * len(handles)
-        if saved:
-            seconds -= sum(self.cost.op_seconds[position] for position in saved)
-            overhead += SELECTIVE_OP_OVERHEAD_S * (stop_op - call.first_op)
-        parents = []
-        parent = call.parent
-        while parent >= 0:
-            parents.append(parent)
-            parent = self.trace.calls[parent].parent
-        return Option(
-            call=number,
-            module=call.module,
-            index=call.index,
-            num_calls=self.calls_of[call.module],
-            parents=tuple(parents),
-            start=call.start,
-            end=call.end,
-            recompute_at=recompute_at,
-            release=release,
-            first_op=call.first_op,
-            stop_op=stop_op,
-            seconds=seconds,
-            overhead_seconds=overhead,
-            holds=(
-                *(
-                    (s, call.start, release)
-                    for s in call.inputs
-                    if self.trace.storages[s].kind not in BASE_KINDS
-                ),
-                *((s, self.trace.storages[s].birth, recompute_at) for s in sorted(cached)),
-            ),
-            # While it runs again, the present random state is kept aside.
-            replay_bytes=self._replay_bytes(call, stop_op, span, (first, stop), saved)
-            + (RNG_STATE_BYTES if draws else 0),
-            held_bytes=snapshot + (RNG_STATE_BYTES if draws else 0),
-            first_handle=span[0],
-            stop_handle=span[1],
-            first_storage=first,
-            stop_storage=stop,
-            cached=cached,
-            saved_ops=self._saved_ops(call, saved),
-            draws_random_numbers=draws,
-            draws_python_random=call.draws_python_random,
+        first = self.trace.calls[span.calls[0]]
+        passed = self._passed(span)
+        return Region(
+            module=first.module,
+            call=first.index,
+            num_calls=self.facts.calls_of[first.module],
+            followers=tuple(self.trace.calls[c].module for c in span.calls[1:]),
+            argument=passed[0],
+            result=passed[1],
+            is_nested=is_nested,
+            draws_random_numbers=any(op.is_random for op in ops),
+            draws_python_random=any(self.trace.calls[c].draws_python_random for c in span.calls),
             mutated_buffers=tuple(names),
+            saved_ops=self._saved_ops(first_op, stop_op, saved),
         )
 
-    def _saved_ops(self, call: Call, saved: Iterable[int]) -> tuple[SavedOp, ...]:
+    def _passed(self, span: Span) -> tuple[int, int]:
+        """Return which leaf of a run's arguments takes which leaf of the result before it."""
+        if len(span.calls) == 1:
+            return 0, 0
+        one, two = (self.trace.calls[c] for c in span.calls[:2])
+        result = one.results.tensors[0]
+        return two.arguments.names.index(one.results.names[result]), result
+
+    def _saved_ops(self, first_op: int, stop_op: int, saved: frozenset[int]) -> tuple[SavedOp, ...]:
         """Name ops by their occurrence within the call, which holds in any run of it."""
-        wanted = set(saved)
         counts: dict[str, int] = {}
         named = []
-        for position in range(call.first_op, call.stop_op):
+        for position in range(first_op, stop_op):
             name = self.trace.ops[position].name
-            if position in wanted:
+            if position in saved:
                 named.append(SavedOp(name=name, occurrence=counts.get(name, 0)))
             counts[name] = counts.get(name, 0) + 1
         return tuple(named)
 
+    def _part_of(self, parts: list[Part]) -> tuple[int, ...]:
+        """Return the innermost part of each handle of the outermost; empty if there is one part."""
+        if len(parts) == 1:
+            return ()
+        first = parts[0].first_handle
+        found = [0] * (parts[0].stop_handle - first)
+        for number, part in enumerate(parts[1:], 1):
+            for handle in range(part.first_handle, part.stop_handle):
+                found[handle - first] = number
+        return tuple(found)
+
+    # -- memory -----------------------------------------------------------------------------------
+
+    def _inner_inputs(self, parts: list[Part]) -> Iterator[tuple[int, int, int, int]]:
+        """Yield what nested regions hold from the recomputation around them to their own."""
+        for part in parts[1:]:
+            for storage in self.facts.inputs(part.span):
+                around = part.parent
+                while around >= 0:
+                    outer = parts[around]
+                    if outer.first_storage <= storage < outer.stop_storage:
+                        yield storage, around, outer.back_at + 1, part.back_at
+                        break
+                    around = outer.parent
+
+    def _snapshots(self, parts: list[Part]) -> Iterator[tuple[int, int, int]]:
+        for part in parts:
+            size = self._snapshot_bytes(part)
+            if size:
+                yield self.facts.ticks(part.span)[0], part.release, size
+
+    def _snapshot_bytes(self, part: Part) -> int:
+        """Return the bytes of the buffers and random state that a part must start from again."""
+        written = {
+            storage
+            for op in self.trace.ops[slice(*self.facts.ops(part.span))]
+            for storage in op.mutated
+            if storage in self.trace.buffer_names
+        }
+        size = sum(self.trace.storages[storage].size_bytes for storage in written)
+        return size + RNG_STATE_BYTES * part.region.draws_random_numbers
+
+    def _replays(self, parts: list[Part], saved: frozenset[int]) -> Iterator[tuple[int, int]]:
+        left: list[int] = []
+        for part in parts:
+            most, remains = self._replay_bytes(part, parts, saved)
+            # While it runs again, the present random state is kept aside, and the regions inside
+            # that begin take their snapshots a second time.
+            most += RNG_STATE_BYTES * part.region.draws_random_numbers
+            most += sum(self._snapshot_bytes(p) for p in parts if _begins_in(part, p, parts))
+            # What the recomputations around it, at the same moment, have made is not alive before.
+            around = part.parent
+            same = left[around] if around >= 0 and parts[around].back_at == part.back_at else 0
+            left.append(same + remains)
+            yield part.back_at, same + most
+
     def _replay_bytes(
-        self,
-        call: Call,
-        stop_op: int,
-        span: tuple[int, int],
-        storages: tuple[int, int],
-        saved: frozenset[int],
-    ) -> int:
-        """Return the most bytes that running the region again holds beside what is alive then."""
-        if stop_op <= call.first_op:
-            return 0
-        last = self.op_ticks[stop_op - 1]
-        changes: dict[int, int] = {}
-        packed: dict[int, int] = {}
-        for handle in self.trace.handles[span[0] : span[1]]:
-            packed.setdefault(handle.storage, handle.pack)
+        self, part: Part, parts: list[Part], saved: frozenset[int]
+    ) -> tuple[int, int]:
+        """Return the most bytes that running a part again holds, and what of them remains."""
+        first_op, stop_op = part.first_op, part.stop_op
+        if stop_op <= first_op:
+            return 0, 0
+        last = self.facts.op_ticks[stop_op - 1]
+        packed = self._packed_in(part, parts)
         cached = {s for position in saved for s in self.trace.ops[position].fresh}
-        for number in range(*storages):
+        changes: dict[int, int] = {}
+        remains = 0
+        for number in range(part.first_storage, part.stop_storage):
             storage = self.trace.storages[number]
             if storage.birth > last:
                 continue
             dead = max((d for b, d in storage.intervals if b <= last), default=storage.birth)
             if number in cached:
                 # Alive before; gone once it was taken, unless something else holds it.
-                if number not in self.is_saved and dead < last:
+                if number not in self.facts.is_saved and dead < last:
                     changes[dead + 1] = changes.get(dead + 1, 0) - storage.size_bytes
                 continue
             if number in packed:
+                remains += storage.size_bytes
                 dead = last if packed[number] <= dead + 1 or packed[number] <= last else dead
             changes[storage.birth] = changes.get(storage.birth, 0) + storage.size_bytes
             changes[dead + 1] = changes.get(dead + 1, 0) - storage.size_bytes
-        for position in range(call.first_op, stop_op):
+        for position in range(first_op, stop_op):
             workspace = 0 if position in saved else self.cost.op_workspace[position]
             if workspace:
-                tick = self.op_ticks[position]
+                tick = self.facts.op_ticks[position]
                 changes[tick] = changes.get(tick, 0) + workspace
                 changes[tick + 1] = changes.get(tick + 1, 0) - workspace
         alive = most = 0
         for tick in sorted(changes):
             alive += changes[tick]
             most = max(most, alive)
-        return most
+        return most, remains
 
-    def droppable_bytes(self, option: Option, span: tuple[int, int]) -> int:
-        """Return the bytes made inside that only saved tensors hold at some time in between."""
-        owned = {h.storage for h in self.trace.handles[span[0] : span[1]] if option.owns(h.storage)}
-        return sum(self.trace.storages[s].size_bytes for s in owned)
+    def _packed_in(self, part: Part, parts: list[Part]) -> dict[int, int]:
+        """Return the storages that a part's recomputation keeps, with the tick of the first use.
+
+        They are what it saves itself, outside the regions nested in it, and the inputs of these.
+        """
+        children = [p for p in parts if p.parent >= 0 and parts[p.parent] is part]
+        packed: dict[int, int] = {}
+        handle = part.first_handle
+        for child in children:
+            for number in range(handle, child.first_handle):
+                saved = self.trace.handles[number]
+                packed.setdefault(saved.storage, saved.pack)
+            for storage in self.facts.inputs(child.span):
+                packed.setdefault(storage, self.facts.ticks(child.span)[0])
+            handle = child.stop_handle
+        for number in range(handle, part.stop_handle):
+            saved = self.trace.handles[number]
+            packed.setdefault(saved.storage, saved.pack)
+        return packed
 
 
-def _has_generator(trace: StepTrace, op: Op) -> bool:
-    signature = trace.signatures[op.signature]
-    values = (*signature.arguments, *(value for _, value in signature.keywords))
-    return any(isinstance(v, str) and v == "<Generator>" for v in values)
+def _begins_in(part: Part, inner: Part, parts: list[Part]) -> bool:
+    """Whether the recomputation of a part comes to the start of another that is nested in it."""
+    if inner.parent >= 0 and parts[inner.parent] is part:
+        return inner.first_op <= part.stop_op
+    around = inner.parent
+    while around >= 0 and parts[around] is not part:
+        around = parts[around].parent
+    return around >= 0 and inner.first_op < part.stop_op

@@ -61,11 +61,27 @@ class SavedOp(Record):
 
 
 class Region(Record):
-    """One decision: a module call whose activations are dropped and recomputed in backward."""
+    """One decision: a module call whose activations are dropped and recomputed in backward.
+
+    With `followers` it is a run: consecutive calls, each given what the one before returned, that
+    are dropped and recomputed as one.
+    """
 
     module: str = Field(description="Fully qualified name of the module.")
     call: int = Field(default=0, ge=0, description="Which call of that module within one step.")
     num_calls: int = Field(default=1, ge=1, description="Calls of that module within one step.")
+    followers: tuple[str, ...] = Field(
+        default=(), description="Modules called next, which are part of the region."
+    )
+    argument: int = Field(
+        default=0, ge=0, description="Which leaf of a follower's arguments is passed on."
+    )
+    result: int = Field(
+        default=0, ge=0, description="Which leaf of a member's result is passed on."
+    )
+    is_nested: bool = Field(
+        default=False, description="It lies in another region, and runs again inside that one's."
+    )
     draws_random_numbers: bool = Field(
         default=False, description="Random state is saved and restored around the recomputation."
     )
@@ -92,6 +108,43 @@ class Severity(str, enum.Enum):
     NOTE = "note"
 
 
+class RewriteKind(str, enum.Enum):
+    """What runs in slices."""
+
+    LOSS_HEAD = "loss_head"
+    SLICED_CALL = "sliced_call"
+
+
+class Rewrite(Record):
+    """One decision that changes the program of the step: a module that runs in slices.
+
+    A loss head: the projection to classes and the cross entropy after it run together, slice by
+    slice along the rows, and only one slice's logits are alive. A sliced call: the module runs on
+    one slice of the batch after the other, each recomputed in backward. Sums are added in another
+    order, so that the loss and the gradients of the parameters in `affects` may differ in their
+    last bits from those of the step without the plan; every other result is the same.
+    """
+
+    kind: RewriteKind = RewriteKind.LOSS_HEAD
+    module: str = Field(description="Fully qualified name of the module that runs in slices.")
+    num_slices: int = Field(ge=2, description="Slices along the rows (tokens) or the batch.")
+    arguments: tuple[int, ...] = Field(
+        default=(),
+        description="Sliced calls: the tensors that are cut, by place among the call's leaves.",
+    )
+    affects: tuple[str, ...] = Field(
+        default=(), description="Parameters whose gradients may differ in their last bits."
+    )
+    tolerance: float = Field(
+        default=0.0, ge=0, description="Largest difference expected, relative to the largest value."
+    )
+    freed_bytes: int = Field(default=0, description="Bytes less at the keep-everything peak.")
+    added_seconds: float = Field(
+        default=0.0, description="Estimated time that a step takes more; negative: less."
+    )
+    reason: str = ""
+
+
 class Hazard(Record):
     """Something that could make training wrong or the prediction inexact, and what was done.
 
@@ -114,6 +167,10 @@ class Plan(Record):
     pass, `recompute_seconds` their estimated time including the eager overhead of the regions.
     `lower_bound_fraction` bounds what any op-level recomputation could reach, `gap` is the
     difference. Made by `remat.plan`, applied by `remat.apply`.
+
+    For CUDA the budget means all that the process takes on the device: `predicted_reserved_bytes`,
+    `outside_bytes` and `margin_bytes`; `predicted_peak_bytes` is then what torch calls allocated,
+    and `keep_all_peak_bytes` counts as the budget does.
     """
 
     schema_version: int = 1
@@ -129,9 +186,19 @@ class Plan(Record):
     gap: float
     outcome: Outcome
     regions: tuple[Region, ...]
+    rewrites: tuple[Rewrite, ...] = Field(
+        default=(), description="Modules that run in slices: results differ in their last bits."
+    )
     hazards: tuple[Hazard, ...] = ()
     breakdown: dict[str, int] = Field(description="Bytes at the predicted peak by kind.")
     margin_bytes: int = Field(default=0, description="Kept free for what could not be predicted.")
+    device: str = Field(default="", description="Row of the device table that it was made for.")
+    predicted_reserved_bytes: int | None = Field(
+        default=None, description="Peak of what CUDA's caching allocator takes from the device."
+    )
+    outside_bytes: int = Field(
+        default=0, description="Held on the device outside the allocator: the CUDA context."
+    )
     cost_source: str = Field(default="", description="Where the seconds come from.")
     plan_seconds: float = Field(default=0.0, description="Time that planning took.")
     replaces_checkpointing: bool = Field(
@@ -147,13 +214,19 @@ class Plan(Record):
 
     def summary(self) -> str:
         """One sentence: the peak, what is recomputed, and what it costs."""
+        sliced = ""
+        if self.rewrites:
+            first, others = self.rewrites[0], len(self.rewrites) - 1
+            named = f"{first.module} and {others} more run" if others else f"{first.module} runs"
+            sliced = f"{named} in {first.num_slices} slices; "
         if not self.regions:
             return (
-                f"Nothing is recomputed: the peak of {format_bytes(self.predicted_peak_bytes)} is "
-                f"within the budget of {format_bytes(self.budget_bytes)}."
+                f"{sliced or 'N'}{'n' if sliced else ''}othing is recomputed: the peak of "
+                f"{format_bytes(self.predicted_peak_bytes)} is within the budget of "
+                f"{format_bytes(self.budget_bytes)}."
             )
         return (
-            f"{len(self.regions)} regions are recomputed: peak "
+            f"{sliced}{len(self.regions)} regions are recomputed: peak "
             f"{format_bytes(self.predicted_peak_bytes)} instead of "
             f"{format_bytes(self.keep_all_peak_bytes)}, for {self.recompute_fraction:.1%} of the "
             f"forward pass again ({format_seconds(self.recompute_seconds)} per step)."

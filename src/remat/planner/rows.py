@@ -73,10 +73,12 @@ class RowBuilder:
         for number in self._numbers[(self._first <= tick) & (tick <= self._last)]:
             self._add_storage(row, int(number))
         for position, option in enumerate(self.options):
-            if option.held_bytes and option.start <= tick <= option.release:
-                row.add(position, option.held_bytes)
-            if option.recompute_at == tick:
-                row.add(position, option.replay_bytes)
+            for first, last, size in option.kept:
+                if first <= tick <= last:
+                    row.add(position, size)
+            replayed = max((size for at, size in option.replays if at == tick), default=0)
+            if replayed:
+                row.add(position, replayed)
         return row
 
     def _span(self, storage: int) -> tuple[int, int]:
@@ -87,6 +89,7 @@ class RowBuilder:
             self.timeline.trace.handles[n].end for n in self.timeline.handles_of.get(storage, ())
         ]
         ends += [last for _, _, last in self.timeline.holders.get(storage, ())]
+        ends += [last for _, _, _, last in self.timeline.inner.get(storage, ())]
         return record.birth, max(ends, default=record.birth)
 
     def _add_storage(self, row: Row, storage: int) -> None:
@@ -94,21 +97,24 @@ class RowBuilder:
         record = self.timeline.trace.storages[storage]
         held_naturally = any(start <= tick <= end for start, end in record.intervals)
         saved: set[frozenset[int]] = set()
-        copies: set[int] = set()
+        copies = {
+            (position, part)
+            for position, part, first, last in self.timeline.inner.get(storage, ())
+            if first <= tick <= last
+        }
         for number in self.timeline.handles_of.get(storage, ()):
             handle = self.timeline.trace.handles[number]
             if not handle.pack <= tick <= handle.end:
                 continue
             dropped = []
             for position in self.timeline.around(handle.call):
-                option = self.options[position]
-                owns = option.owns(storage)
-                if owns or tick <= option.recompute_at:
+                back_at, part = self.options[position].returns(number, storage)
+                if part >= 0 or tick <= back_at:
                     dropped.append(position)
-                if owns and tick > option.recompute_at:
-                    copies.add(position)
+                if part >= 0 and tick > back_at:
+                    copies.add((position, part))
             saved.add(frozenset(dropped))
-        for position in copies:
+        for position, _ in copies:
             row.add(position, size)
         if held_naturally:
             row.constant += size

@@ -8,19 +8,24 @@ rows is a relaxation, and its solution satisfies every row.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import highspy
 import numpy as np
 
+from remat.planner.programme import MIB, Programme, cliques
 from remat.planner.records import Outcome
-from remat.planner.rows import Linear, Row, RowBuilder
+from remat.planner.rows import Row, RowBuilder
 from remat.planner.timeline import Curve, Timeline
 
-_MIB = float(2**20)
 _WINDOWS = 12  # most rows added between two solves, each from its own stretch of the step
+# Rows are collected from solutions near the optimum, which are found early; then the gap is closed.
+_GAPS = (1e-2, 1e-6)
+# Nodes of the search tree times nonzeros of the programme that one call may take: about 4 s on one
+# core. A limit on work and not on time, so that a loaded machine gives the same plan.
+MOST_WORK = 12_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,25 +42,36 @@ class Solution:
 
 
 class Solver:
-    """Solve one trace's timeline for budgets; rows found for one budget serve the next."""
+    """Solve one trace's timeline for budgets.
+
+    The same call gives the same solution, whatever was solved before and however fast the machine
+    is: a call ends after `most_work`, nodes of the search tree times nonzeros of the programme.
+    Only `time_limit_s`, the limit in seconds of one call's searches together, depends on the clock.
+    """
 
     def __init__(
         self,
         timeline: Timeline,
         *,
         time_limit_s: float = 10.0,
+        most_work: int = MOST_WORK,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.timeline = timeline
         self.options = timeline.options
+        # To the picosecond: blocks that are alike differ in the last digits of their sums, and a
+        # choice must not look dearer for that.
+        self._costs = [round(o.seconds + o.overhead_seconds, 12) for o in self.options]
+        self._cliques = cliques((o.start, o.end) for o in self.options)
         self._builder = RowBuilder(timeline)
         self._rows: dict[int, Row] = {}
         self._time_limit_s = time_limit_s
+        self.most_work = most_work
         self._clock = clock
 
     def cost(self, chosen: Iterable[int]) -> float:
         """Return the seconds that recomputing the chosen options takes."""
-        return sum(self.options[p].seconds + self.options[p].overhead_seconds for p in chosen)
+        return math.fsum(self._costs[p] for p in chosen)
 
     def cheapest(
         self, budget_bytes: int, candidates: Iterable[frozenset[int]] = ()
@@ -66,135 +82,106 @@ class Solver:
         ---------
         candidates: choices known from elsewhere; the best that fits is the fallback if time ends.
         """
-        best = self._best_fitting(budget_bytes, [frozenset(), *candidates])
-        if best is not None and not best.chosen:
-            return self._ended(best, Outcome.OPTIMAL, 0.0, 0)
-        # The smaller space first: its solution starts the larger one, and stands if time ends.
-        selective = [p for p, option in enumerate(self.options) if option.saved_ops]
-        if selective:
-            whole = self._search(budget_bytes, best, excluded=selective)
-            if whole is not None and (best is None or whole.seconds < best.seconds):
-                best = whole
-        return self._search(budget_bytes, best)
-
-    def _search(
-        self, budget_bytes: int, best: Solution | None, excluded: Iterable[int] = ()
-    ) -> Solution | None:
-        """Solve, add the rows that the solution violates, and repeat; `best` is the fallback."""
-        programme = _Programme(self, self._rows.values(), budget_bytes=budget_bytes)
-        programme.exclude(excluded)
-        deadline = self._clock() + self._time_limit_s
-        bound, solves = 0.0, 0
-        slack: dict[int, int] = {}
-        while True:
-            if best is not None:
-                programme.start_from(best.chosen)
-            remaining = deadline - self._clock()
-            if remaining <= 0:
-                return self._ended(best, Outcome.TIMED_OUT, bound, solves)
-            result = programme.solve(remaining)
-            solves += 1
-            if result.is_infeasible:
-                return self._ended(best, Outcome.FEASIBLE, bound, solves) if slack else None
-            bound = max(bound, result.bound) if not slack else bound
-            if result.chosen is None:
-                return self._ended(best, Outcome.TIMED_OUT, bound, solves)
-            curve = self.timeline.curve(result.chosen)
-            if curve.peak_bytes <= budget_bytes:
-                outcome = Outcome.TIMED_OUT if result.is_cut_short else Outcome.OPTIMAL
-                if slack and outcome is Outcome.OPTIMAL:
-                    outcome = Outcome.FEASIBLE
-                found = self._solution(result.chosen, curve, outcome, bound, solves)
-                if best is not None and best.seconds <= found.seconds:
-                    return self._ended(best, outcome, bound, solves)
-                return found
-            for tick, excess in self._violations(curve, budget_bytes):
-                known = self._rows.get(tick)
-                if known is None:
-                    known = self._rows[tick] = self._builder.row(tick)
-                if tick in programme.ticks:
-                    # The row and the timeline disagree here: ask the row for that much more.
-                    slack[tick] = slack.get(tick, 0) + excess
-                    programme.tighten(tick, slack[tick])
-                else:
-                    programme.add(known)
+        search = _Search(self, budget_bytes)
+        keep_all = self.timeline.curve(())
+        if keep_all.peak_bytes <= budget_bytes:
+            search.best = self.measured(frozenset())
+            return search.ended(Outcome.OPTIMAL)
+        search.add_rows(keep_all)
+        search.start_from(candidates)
+        for gap in _GAPS:
+            solution = search.run(gap)
+            if solution is None or solution.outcome is not Outcome.OPTIMAL:
+                break
+        return solution
 
     def least_peak(self, candidates: Iterable[frozenset[int]] = ()) -> Solution:
         """Return the choice with the lowest peak that was found."""
-        tried = [self._measured(c) for c in (frozenset(), *candidates)]
-        best = min(tried, key=lambda s: (s.peak_bytes, s.seconds))
-        programme = _Programme(self, self._rows.values(), budget_bytes=None)
+        best = self._least_of((frozenset(), *candidates))
+        ticks = {tick for tick, _ in self.violations(self.timeline.curve(()), best.peak_bytes)}
         deadline = self._clock() + self._time_limit_s
         solves = 0
         outcome = Outcome.TIMED_OUT
         while (remaining := deadline - self._clock()) > 0:
+            programme = self.programme(ticks, None)
             programme.start_from(best.chosen, best.peak_bytes)
-            result = programme.solve(remaining)
+            result = programme.solve(
+                relative_gap=_GAPS[-1], most_work=self.most_work, time_limit_s=remaining
+            )
             solves += 1
             if result.chosen is None:
                 break
-            found = self._measured(result.chosen)
+            curve = self.timeline.curve(result.chosen)
+            found = self.measured(result.chosen, curve)
             if (found.peak_bytes, found.seconds) < (best.peak_bytes, best.seconds):
                 best = found
-            if best.peak_bytes <= result.bound * _MIB * (1 + 1e-4):
+            if best.peak_bytes <= result.bound * MIB * (1 + 1e-4):
                 outcome = Outcome.OPTIMAL
                 break
-            curve = self.timeline.curve(result.chosen)
-            limit = int(result.bound * _MIB) if result.is_cut_short else result.peak_bytes
-            fresh = [
-                tick for tick, _ in self._violations(curve, limit) if tick not in programme.ticks
-            ]
+            limit = int(result.bound * MIB) if result.is_cut_short else result.peak_bytes
+            fresh = {tick for tick, _ in self.violations(curve, limit)} - ticks
             if not fresh:
                 outcome = Outcome.FEASIBLE
                 break
-            for tick in fresh:
-                if tick not in self._rows:
-                    self._rows[tick] = self._builder.row(tick)
-                programme.add(self._rows[tick])
-        return dataclasses.replace(
-            best, outcome=outcome, num_rows=len(self._rows), num_solves=solves
-        )
+            ticks |= fresh
+        return dataclasses.replace(best, outcome=outcome, num_rows=len(ticks), num_solves=solves)
 
-    def _measured(self, chosen: frozenset[int]) -> Solution:
-        return self._solution(chosen, self.timeline.curve(chosen), Outcome.FEASIBLE, 0.0, 0)
+    def _least_of(self, candidates: Iterable[frozenset[int]]) -> Solution:
+        """Return the candidate with the lowest peak, looking at no more curves than needed."""
+        ticks = [tick for tick, _ in self.violations(self.timeline.curve(()), 0)]
+        ranked = sorted((self.least_bytes(c, ticks), self.cost(c), sorted(c)) for c in candidates)
+        best = self.measured(frozenset(ranked[0][2]))
+        for least, _, chosen in ranked[1:]:
+            if least >= best.peak_bytes:
+                break
+            found = self.measured(frozenset(chosen))
+            best = min(best, found, key=lambda s: (s.peak_bytes, s.seconds))
+        return best
 
-    def _solution(
-        self, chosen: frozenset[int], curve: Curve, outcome: Outcome, bound: float, solves: int
-    ) -> Solution:
+    def least_bytes(self, chosen: frozenset[int], ticks: Iterable[int]) -> int:
+        """Bound the peak of a choice from below by the rows of some ticks, without its curve.
+
+        What is joined in a row is left out: it adds bytes or none.
+        """
+        rows = map(self.row, ticks)
+        return max(row.constant + sum(row.coefficients.get(p, 0) for p in chosen) for row in rows)
+
+    def row(self, tick: int) -> Row:
+        """Return the row of a tick; each is written once."""
+        known = self._rows.get(tick)
+        if known is None:
+            known = self._rows[tick] = self._builder.row(tick)
+        return known
+
+    def programme(
+        self, ticks: Iterable[int], budget_bytes: int | None, slack: dict[int, int] | None = None
+    ) -> Programme:
+        """Write the programme with the rows of these ticks, tighter by `slack` bytes of a tick."""
+        rows = []
+        for tick in sorted(ticks):
+            row = self.row(tick)
+            tighter = (slack or {}).get(tick, 0)
+            rows.append(
+                dataclasses.replace(row, constant=row.constant + tighter) if tighter else row
+            )
+        return Programme(self._costs, self._cliques, rows, budget_bytes=budget_bytes)
+
+    def measured(self, chosen: frozenset[int], curve: Curve | None = None) -> Solution:
+        """Return a choice with its cost and peak, not yet compared with others."""
         return Solution(
             chosen=chosen,
             seconds=self.cost(chosen),
-            peak_bytes=curve.peak_bytes,
-            outcome=outcome,
-            bound_seconds=bound,
-            num_rows=len(self._rows),
-            num_solves=solves,
+            peak_bytes=(curve or self.timeline.curve(chosen)).peak_bytes,
+            outcome=Outcome.FEASIBLE,
+            bound_seconds=0.0,
+            num_rows=0,
+            num_solves=0,
         )
 
-    def _best_fitting(
-        self, budget_bytes: int, candidates: Iterable[frozenset[int]]
-    ) -> Solution | None:
-        fitting = [s for s in map(self._measured, candidates) if s.peak_bytes <= budget_bytes]
-        return min(fitting, key=lambda s: (s.seconds, s.peak_bytes), default=None)
-
-    def _ended(
-        self, best: Solution | None, outcome: Outcome, bound: float, solves: int
-    ) -> Solution | None:
-        if best is None:
-            return None
-        return dataclasses.replace(
-            best,
-            outcome=outcome,
-            bound_seconds=bound,
-            num_rows=len(self._rows),
-            num_solves=solves,
-        )
-
-    def _violations(self, curve: Curve, budget_bytes: int) -> list[tuple[int, int]]:
+    def violations(self, curve: Curve, budget_bytes: int) -> list[tuple[int, int]]:
         """Return (tick, excess bytes) at the worst tick of each stretch that is over budget."""
         memory = curve.alive.copy()
-        for position, size in curve.replays.items():
-            tick = self.options[position].recompute_at
+        for tick, size in curve.replays:
             memory[tick] = max(int(memory[tick]), size)
         found = []
         for ticks in np.array_split(np.arange(len(memory)), _WINDOWS):
@@ -205,144 +192,91 @@ class Solver:
                 found.append((worst, int(memory[worst]) - budget_bytes))
         return found
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Result:
-    chosen: frozenset[int] | None
-    bound: float
-    peak_bytes: int
-    is_infeasible: bool
-    is_cut_short: bool
+    def deadline(self) -> Callable[[], float]:
+        """Start the clock of one call; returns the seconds that remain."""
+        end = self._clock() + self._time_limit_s
+        return lambda: end - self._clock()
 
 
-class _Programme:
-    """The mixed integer programme in HiGHS: minimize seconds under rows, or the peak itself.
+class _Search:
+    """One call's search: the rows found so far, the best choice, and one limit of time."""
 
-    Bytes are in MiB and costs relative to the sum of all options, to keep the numbers near one.
-    """
-
-    def __init__(self, solver: Solver, rows: Iterable[Row], *, budget_bytes: int | None) -> None:
-        self._options = solver.options
+    def __init__(self, solver: Solver, budget_bytes: int) -> None:
+        self.best: Solution | None = None
+        self._solver = solver
         self._budget = budget_bytes
-        self._scale = max(solver.cost(range(len(solver.options))), 1e-12)
-        self.ticks: dict[int, int] = {}
-        self._joins: dict[frozenset[Linear], int] = {}
-        self._highs = highspy.Highs()  # type: ignore[no-untyped-call]
-        self._highs.silent()
-        self._highs.setOptionValue("mip_rel_gap", 1e-6)
-        self._highs.setOptionValue("mip_abs_gap", 1e-9)
-        self._highs.setOptionValue("mip_feasibility_tolerance", 1e-9)
-        self._highs.setOptionValue("primal_feasibility_tolerance", 1e-9)
-        self._highs.setOptionValue("threads", 1)
-        for position in range(len(self._options)):
-            self._highs.addVar(0.0, 1.0)
-            self._highs.changeColIntegrality(position, highspy.HighsVarType.kInteger)
-            cost = solver.cost([position]) / self._scale
-            self._highs.changeColCost(position, cost if budget_bytes is not None else cost * 1e-4)
-        self._peak = -1
-        if budget_bytes is None:
-            self._peak = self._add_variable(highspy.kHighsInf)
-            self._highs.changeColCost(self._peak, 1.0)
-        self._exclude_nested()
-        for row in rows:
-            self.add(row)
+        self._remaining = solver.deadline()
+        self._ticks: set[int] = set()
+        # Bytes that a row must ask for more, where it and the timeline disagree.
+        self._slack: dict[int, int] = {}
+        self._bound = 0.0
+        self._solves = 0
+        self._work = solver.most_work
 
-    def _add_variable(self, upper: float) -> int:
-        self._highs.addVar(0.0, upper)
-        return self._highs.getNumCol() - 1
+    def start_from(self, candidates: Iterable[frozenset[int]]) -> None:
+        """Take the cheapest candidate that fits as the best so far."""
+        by_cost = sorted((self._solver.cost(c), sorted(c)) for c in candidates)
+        for _, positions in by_cost:
+            chosen = frozenset(positions)
+            if self._solver.least_bytes(chosen, self._ticks) > self._budget:
+                continue
+            found = self._solver.measured(chosen)
+            if found.peak_bytes <= self._budget:
+                self.best = found
+                return
 
-    def _exclude_nested(self) -> None:
-        """At most one option of each chain of nested calls is chosen."""
-        of_call: dict[int, list[int]] = {}
-        for position, option in enumerate(self._options):
-            of_call.setdefault(option.call, []).append(position)
-        chains = {
-            frozenset(p for c in (option.call, *option.parents) for p in of_call.get(c, ()))
-            for option in self._options
-        }
-        for chain in chains:
-            if len(chain) > 1 and not any(chain < other for other in chains):
-                self._add_row(-highspy.kHighsInf, 1.0, dict.fromkeys(chain, 1.0))
+    def add_rows(self, curve: Curve) -> None:
+        """Ask for the budget wherever a curve is above it."""
+        for tick, excess in self._solver.violations(curve, self._budget):
+            if tick in self._ticks:
+                self._slack[tick] = self._slack.get(tick, 0) + excess
+            self._ticks.add(tick)
 
-    def exclude(self, positions: Iterable[int]) -> None:
-        """Leave options out of the choice."""
-        for position in positions:
-            self._highs.changeColBounds(position, 0.0, 0.0)
-
-    def _add_row(self, low: float, high: float, coefficients: dict[int, float]) -> int:
-        columns = np.array(list(coefficients), dtype=np.int32)
-        values = np.array(list(coefficients.values()), dtype=np.float64)
-        self._highs.addRow(low, high, len(columns), columns, values)
-        return self._highs.getNumRow() - 1
-
-    def add(self, row: Row) -> None:
-        """Add the row of a tick."""
-        coefficients = {p: size / _MIB for p, size in row.coefficients.items() if size}
-        for join, size in row.joins.items():
-            coefficients[self._join(join)] = size / _MIB
-        high = -row.constant / _MIB
-        if self._budget is None:
-            coefficients[self._peak] = -1.0
-        else:
-            high += self._budget / _MIB
-        self.ticks[row.tick] = self._add_row(-highspy.kHighsInf, high, coefficients)
-
-    def tighten(self, tick: int, by_bytes: int) -> None:
-        """Lower the right side of a tick's row."""
-        assert self._budget is not None
-        number = self.ticks[tick]
-        high = self._highs.getLp().row_upper_[number] - by_bytes / _MIB
-        self._highs.changeRowBounds(number, -highspy.kHighsInf, high)
-
-    def _join(self, expressions: frozenset[Linear]) -> int:
-        known = self._joins.get(expressions)
-        if known is not None:
-            return known
-        column = self._joins[expressions] = self._add_variable(1.0)
-        for expression in expressions:
-            coefficients = {column: 1.0}
-            coefficients.update(dict.fromkeys(expression.plus, -1.0))
-            coefficients.update(dict.fromkeys(expression.minus, 1.0))
-            self._add_row(float(expression.constant), highspy.kHighsInf, coefficients)
-        return column
-
-    def start_from(self, chosen: frozenset[int], peak_bytes: int | None = None) -> None:
-        """Give the search a choice to start from."""
-        values = np.zeros(self._highs.getNumCol())
-        values[list(chosen)] = 1.0
-        for join, column in self._joins.items():
-            values[column] = max(
-                e.constant + len(e.plus & chosen) - len(e.minus & chosen) for e in join
+    def run(self, relative_gap: float) -> Solution | None:
+        """Solve, add the rows that the solution violates, and repeat until it violates none."""
+        while True:
+            remaining = self._remaining()
+            if remaining <= 0:
+                return self.ended(Outcome.TIMED_OUT)
+            if self._work <= 0:
+                return self.ended(Outcome.FEASIBLE)
+            programme = self._solver.programme(self._ticks, self._budget, self._slack)
+            if self.best is not None:
+                programme.start_from(self.best.chosen)
+            result = programme.solve(
+                relative_gap=relative_gap, most_work=self._work, time_limit_s=remaining
             )
-        if peak_bytes is not None and self._peak >= 0:
-            values[self._peak] = peak_bytes / _MIB
-        solution = highspy.HighsSolution()
-        solution.col_value = list(values)
-        self._highs.setSolution(solution)
+            self._solves += 1
+            self._work -= result.work
+            if result.is_infeasible:
+                return self.ended(Outcome.FEASIBLE) if self._slack else None
+            if not self._slack:
+                self._bound = max(self._bound, result.bound)
+            if result.chosen is None:
+                return self.ended(self._cut_short())
+            curve = self._solver.timeline.curve(result.chosen)
+            if curve.peak_bytes > self._budget:
+                self.add_rows(curve)
+                continue
+            found = self._solver.measured(result.chosen, curve)
+            if self.best is None or found.seconds < self.best.seconds:
+                self.best = found
+            if result.is_cut_short:
+                return self.ended(self._cut_short())
+            return self.ended(Outcome.FEASIBLE if self._slack else Outcome.OPTIMAL)
 
-    def solve(self, time_limit_s: float) -> _Result:
-        """Solve, within a time limit."""
-        # HiGHS counts its run time over all solves of one instance.
-        self._highs.setOptionValue("time_limit", self._highs.getRunTime() + max(time_limit_s, 0.1))
-        self._highs.run()
-        status = self._highs.getModelStatus()
-        info = self._highs.getInfo()
-        infeasible = status in (
-            highspy.HighsModelStatus.kInfeasible,
-            highspy.HighsModelStatus.kUnboundedOrInfeasible,
-        )
-        has_solution = not infeasible and info.primal_solution_status == 2
-        chosen = None
-        peak = 0
-        if has_solution:
-            values = self._highs.getSolution().col_value
-            chosen = frozenset(p for p in range(len(self._options)) if values[p] > 0.5)
-            peak = round(values[self._peak] * _MIB) if self._peak >= 0 else 0
-        scale = self._scale if self._budget is not None else 1.0
-        return _Result(
-            chosen=chosen,
-            bound=info.mip_dual_bound * scale,
-            peak_bytes=peak,
-            is_infeasible=infeasible,
-            is_cut_short=status != highspy.HighsModelStatus.kOptimal,
+    def _cut_short(self) -> Outcome:
+        """Say whether a search that was cut short ran out of time, or did its share of work."""
+        return Outcome.TIMED_OUT if self._remaining() <= 0 else Outcome.FEASIBLE
+
+    def ended(self, outcome: Outcome) -> Solution | None:
+        """Return the best choice with how the search for it ended."""
+        if self.best is None:
+            return None
+        return dataclasses.replace(
+            self.best,
+            outcome=outcome,
+            bound_seconds=self._bound,
+            num_rows=len(self._ticks),
+            num_solves=self._solves,
         )

@@ -7,6 +7,8 @@ NOTE [ What a region changes ]
 3. At `recompute_at` it runs again: everything alive then, plus its own working set.
 4. After that, what it saved is alive as copies, each until its own release.
 5. Snapshots of buffers and random state are held as long as its inputs.
+6. A region nested in it holds its own inputs, as copies, from the outer recomputation to its own,
+   and what it saved is back after its own.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Bytes alive at each tick, and at the start of each chosen region's recomputation.
+    """Bytes alive at each tick, and at each recomputation.
 
-    `replays` maps an option's position to the bytes at its recomputation, working set included.
+    `replays` are (tick, bytes alive while a region runs again, its working set included).
     """
 
     alive: NDArray[np.int64]
-    replays: dict[int, int]
+    replays: tuple[tuple[int, int], ...]
 
     @property
     def peak_bytes(self) -> int:
         """The most bytes alive at any time."""
-        return max(int(self.alive.max()), max(self.replays.values(), default=0))
+        return max(int(self.alive.max()), max((size for _, size in self.replays), default=0))
 
 
 class Timeline:
@@ -53,14 +55,19 @@ class Timeline:
                 self.handles_of.setdefault(handle.storage, []).append(number)
         # storage -> (option, first tick, last tick) for each option that holds it
         self.holders: dict[int, list[tuple[int, int, int]]] = {}
+        # storage -> (option, part, first tick, last tick) of copies that nested regions hold
+        self.inner: dict[int, list[tuple[int, int, int, int]]] = {}
         by_call: dict[int, tuple[int, ...]] = {}
         for position, option in enumerate(options):
             for storage, first, last in option.holds:
                 self.holders.setdefault(storage, []).append((position, first, last))
-            by_call[option.call] = (*by_call.get(option.call, ()), position)
+            for storage, part, first, last in option.inner_inputs:
+                self.inner.setdefault(storage, []).append((position, part, first, last))
+            for call in option.calls:
+                by_call[call] = (*by_call.get(call, ()), position)
         self._around: dict[int, tuple[int, ...]] = {-1: ()}
-        for number, call in enumerate(trace.calls):
-            self._around[number] = by_call.get(number, ()) + self._around[call.parent]
+        for number, record in enumerate(trace.calls):
+            self._around[number] = by_call.get(number, ()) + self._around[record.parent]
         self.workspace = np.zeros(trace.num_ticks + 1, dtype=np.int64)
         for op, size in zip(trace.ops, cost.op_workspace, strict=True):
             self.workspace[op.tick] = size
@@ -84,14 +91,15 @@ class Timeline:
                 changes[end + 1] += size
             self._add(changes, storage, picked)
         for position in picked:
-            option = self.options[position]
-            changes[option.start] += option.held_bytes
-            changes[option.release + 1] -= option.held_bytes
+            for first, last, size in self.options[position].kept:
+                changes[first] += size
+                changes[last + 1] -= size
         alive = np.cumsum(changes)[: self.trace.num_ticks] + self.base_bytes
-        replays = {
-            p: int(alive[self.options[p].recompute_at]) + self.options[p].replay_bytes
-            for p in picked
-        }
+        replays = tuple(
+            (tick, int(alive[tick]) + size)
+            for position in picked
+            for tick, size in self.options[position].replays
+        )
         return Curve(alive + self.workspace[: self.trace.num_ticks], replays)
 
     def intervals(
@@ -100,22 +108,27 @@ class Timeline:
         """Return when a storage, and when copies of it, are alive under a choice."""
         record = self.trace.storages[storage]
         original = list(record.intervals)
-        copies: dict[int, Interval] = {}
+        copies: dict[tuple[int, int], Interval] = {}
+
+        def add_copy(made_by: tuple[int, int], first: int, last: int) -> None:
+            if first <= last:
+                before = copies.get(made_by, (first, last))
+                copies[made_by] = (min(before[0], first), max(before[1], last))
+
         for number in self.handles_of.get(storage, ()):
             handle = self.trace.handles[number]
             position = next((p for p in self._around[handle.call] if p in picked), None)
             if position is None:
                 original.append((handle.pack, handle.end))
                 continue
-            option = self.options[position]
-            again = (option.recompute_at + 1, handle.end)
-            if again[1] < again[0]:
-                continue
-            if option.owns(storage):
-                before = copies.get(position, again)
-                copies[position] = (again[0], max(before[1], again[1]))
-            else:
-                original.append(again)
+            back_at, part = self.options[position].returns(number, storage)
+            if part >= 0:
+                add_copy((position, part), back_at + 1, handle.end)
+            elif back_at < handle.end:
+                original.append((back_at + 1, handle.end))
+        for position, part, first, last in self.inner.get(storage, ()):
+            if position in picked:
+                add_copy((position, part), first, last)
         original.extend(
             (first, last)
             for position, first, last in self.holders.get(storage, ())
@@ -131,9 +144,11 @@ class Timeline:
 
     def _storages_touched(self, position: int) -> frozenset[int]:
         option = self.options[position]
-        handles = self.trace.handles[option.first_handle : option.stop_handle]
+        root = option.parts[0]
+        handles = self.trace.handles[root.first_handle : root.stop_handle]
         inside = {h.storage for h in handles if h.storage in self.handles_of}
-        return frozenset(inside | {storage for storage, _, _ in option.holds})
+        held = {storage for storage, _, _ in option.holds}
+        return frozenset(inside | held | {storage for storage, *_ in option.inner_inputs})
 
     def _changes(self, storages: Iterable[int], picked: frozenset[int]) -> NDArray[np.int64]:
         changes = np.zeros(self.trace.num_ticks + 2, dtype=np.int64)

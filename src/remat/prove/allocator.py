@@ -52,6 +52,8 @@ def step_tensors(
 
 def record_peak(step: Callable[[], object], alive: list[Tensor], device: torch.device) -> Peak:
     """Run a step and return its peak, `alive` included."""
+    # Autocast keeps the last step's casts of the weights, which this step would free and make anew.
+    torch.clear_autocast_cache()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

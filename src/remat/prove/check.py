@@ -14,6 +14,7 @@ from remat.cost.model import CostModel, cost_step
 from remat.errors import ApplyError, CaptureError, WorkloadError
 from remat.planner.options import find_options
 from remat.planner.records import Hazard, Severity
+from remat.planner.spans import Facts
 from remat.prove.hazards import HOOKS, Kind, merged, region_hazards
 from remat.prove.records import CheckReport, Difference
 from remat.prove.simulate import simulate
@@ -182,7 +183,7 @@ def _confirmed(found: list[Hazard], differences: tuple[Difference, ...]) -> Iter
 def _of_the_model(trace: StepTrace, found: list[Hazard]) -> Iterator[Hazard]:
     """Yield, as notes, the smallest modules that no checkpointing may run again."""
     cost = cost_step(trace, CostModel(device=find_device(trace.device_type)))
-    hazards = find_options(trace, cost).hazards
+    hazards = find_options(Facts(trace, cost)).hazards
     named = {hazard.where for hazard in found}
     for hazard in hazards:
         inside = f"{hazard.where}." if hazard.where else ""

@@ -39,10 +39,14 @@ class Verification(Record):
 
     `identical`: equal bit for bit. `within_noise`: the unplanned model itself is not reproducible,
     and the planned step differs from it no more than two unplanned steps do from each other.
+    `within_rounding`: the plan runs modules in slices, and only the loss and the gradients that it
+    names differ, by no more than `tolerance` allows for sums in another order.
     """
 
     identical: bool
     within_noise: bool
+    within_rounding: bool = False
+    tolerance: float = 0.0
     passed: bool
     differences: tuple[Difference, ...]
     noise: tuple[Difference, ...] = ()
@@ -63,9 +67,14 @@ class MemorySample(Record):
 
 
 class Simulation(Record):
-    """One training step under fake tensors: its exact peak and its curve of memory."""
+    """One training step under fake tensors: its exact peak and its curve of memory.
+
+    On CUDA `peak_bytes` is what the caching allocator hands out, and `reserved_bytes` what it
+    takes from the device for that.
+    """
 
     peak_bytes: int
+    reserved_bytes: int | None = None
     breakdown: dict[str, int]
     samples: tuple[MemorySample, ...]
 

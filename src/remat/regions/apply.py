@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 from typing_extensions import Self
 
 from remat.errors import ApplyError, PlanMismatchError, RematError
-from remat.planner.records import Plan, Region
+from remat.planner.records import Plan, Region, Rewrite
 from remat.regions.fingerprint import check_model_matches
 from remat.regions.guards import must_run_eagerly
 from remat.regions.quiet import silence, unsilence
+from remat.regions.rewrites import HeadRuntime, install_rewrite, rewrite_on
+from remat.regions.runs import Follower, Run, follower_forward
 from remat.regions.runtime import RegionRuntime, StepClock, region_forward
+from remat.regions.sliced_calls import CallRuntime
 from remat.trace.step import check_model
 
 
@@ -68,7 +71,7 @@ def apply(model: nn.Module, plan: Plan) -> Handle:
     if plan.replaces_checkpointing and not is_applied(model):
         silence(model)
     try:
-        install(model, plan.regions)
+        install(model, plan.regions, plan.rewrites)
     except RematError:
         if not is_applied(model):
             unsilence(model)
@@ -92,46 +95,60 @@ def check_plan(plan: Any) -> None:
 
 def is_applied(model: nn.Module) -> bool:
     """Whether a plan is on the model."""
-    return any(_runtime(module) is not None for module in model.modules())
+    return any(_installed(module) is not None for module in model.modules())
 
 
 def remove(model: nn.Module) -> None:
     """Take any plan off a model, also off a copy of one that has a handle."""
     for module in model.modules():
-        runtime = _runtime(module)
-        if runtime is None:
-            continue
-        if runtime.replaced is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = runtime.replaced
+        while (installed := _installed(module)) is not None:
+            if installed.replaced is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = installed.replaced
     unsilence(model)
 
 
-def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
-    """Put regions onto a model; `remove` takes them off."""
+def install(
+    model: nn.Module, regions: tuple[Region, ...], rewrites: tuple[Rewrite, ...] = ()
+) -> None:
+    """Put rewrites onto a model, and regions around them; `remove` takes both off."""
     if is_applied(model):
         raise ApplyError(
             "a plan is on this model already: call handle.remove() before applying another."
         )
     modules = dict(model.named_modules())
     buffers = _buffer_homes(model)
-    by_module: dict[str, list[Region]] = {}
-    for region in regions:
-        by_module.setdefault(region.module, []).append(region)
     _check_regions(regions, modules, buffers)
+    try:
+        for rewrite in rewrites:
+            install_rewrite(modules, rewrite)
+    except PlanMismatchError:
+        remove(model)
+        raise
+    together: dict[tuple[object, ...], list[Region]] = {}
+    for region in regions:
+        key = (region.module, region.followers, region.is_nested)
+        together.setdefault(key, []).append(region)
     clock = StepClock()
-    for name, chosen in by_module.items():
-        module = modules[name]
+    # The inner before the outer: a region wraps what is on its modules already.
+    for chosen in reversed(together.values()):
+        first = chosen[0]
+        module = modules[first.module]
         calls = frozenset(region.call for region in chosen)
-        num_calls = chosen[0].num_calls
         mutated = dict.fromkeys(b for region in chosen for b in region.mutated_buffers)
         homes = tuple(home for b in mutated for home in buffers[b])
         draws_python_random = any(region.draws_python_random for region in chosen)
+        run = None
+        if first.followers:
+            members = tuple(modules[name] for name in (first.module, *first.followers))
+            run = Run(members, first.argument, first.result)
+            for member in members[1:]:
+                _replace(member, follower_forward, Follower(run, member.__dict__.get("forward")))
         runtime = RegionRuntime(
             clock=clock,
-            calls=None if len(calls) == num_calls else calls,
-            num_calls=num_calls,
+            calls=None if len(calls) == first.num_calls else calls,
+            num_calls=first.num_calls,
             saved_ops={
                 region.call: frozenset((op.name, op.occurrence) for op in region.saved_ops)
                 for region in chosen
@@ -142,16 +159,24 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
             is_eager=draws_python_random or must_run_eagerly(homes),
             buffers=homes,
             replaced=module.__dict__.get("forward"),
+            run=run,
+            is_nested=first.is_nested,
         )
-        module.__dict__["forward"] = functools.partial(region_forward, module, runtime)
+        _replace(module, region_forward, runtime)
     if not regions:
         # Nothing to recompute: the plan is on the model all the same, until it is removed.
         idle = RegionRuntime(clock, calls=frozenset(), replaced=model.__dict__.get("forward"))
-        model.__dict__["forward"] = functools.partial(region_forward, model, idle)
+        _replace(model, region_forward, idle)
+
+
+def _replace(
+    module: nn.Module, forward: Callable[..., Any], state: RegionRuntime | Follower
+) -> None:
+    module.__dict__["forward"] = functools.partial(forward, module, state)
 
 
 def _check_regions(
-    regions: tuple[Region, ...], modules: Mapping[str, object], buffers: Mapping[str, object]
+    regions: tuple[Region, ...], modules: Mapping[str, nn.Module], buffers: Mapping[str, object]
 ) -> None:
     for region in regions:
         if region.module not in modules:
@@ -163,6 +188,18 @@ def _check_regions(
                 f"the plan recomputes call {region.call} of {region.module!r}, which it says is "
                 f"called {region.num_calls} times (from 0): make the plan again with remat.plan."
             )
+        for name in region.followers:
+            if name not in modules:
+                raise PlanMismatchError(
+                    f"the plan recomputes module {name!r} in a run, which the model has not."
+                )
+        for name in (region.module, *region.followers) if region.followers else ():
+            if _has_backward_hooks(modules[name]):
+                raise ApplyError(
+                    f"module {name!r} has backward hooks, which a run of modules that is "
+                    "recomputed as one would call twice: remove the hooks, or put them on first "
+                    "and make the plan again."
+                )
         for name in region.mutated_buffers:
             if name not in buffers:
                 raise PlanMismatchError(
@@ -183,10 +220,17 @@ def _buffer_homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return {name: homes[key] for name, key in names.items()}
 
 
-def _runtime(module: nn.Module) -> RegionRuntime | None:
+def _has_backward_hooks(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def _installed(module: nn.Module) -> RegionRuntime | Follower | HeadRuntime | CallRuntime | None:
     forward: Any = module.__dict__.get("forward")  # Any: users put what they like there
-    if isinstance(forward, functools.partial) and forward.func is region_forward:
-        runtime = forward.args[1]
-        assert isinstance(runtime, RegionRuntime)
-        return runtime
-    return None
+    if isinstance(forward, functools.partial) and forward.func in (
+        region_forward,
+        follower_forward,
+    ):
+        state = forward.args[1]
+        assert isinstance(state, (RegionRuntime, Follower))
+        return state
+    return rewrite_on(module)

@@ -15,10 +15,15 @@ from remat.planner.records import Fingerprint, TensorSignature
 # Any: batches, losses and optimizers are the user's own.
 
 
-def fingerprint(model: nn.Module, batch: Any, loss: Any, optimizer: Any) -> Fingerprint:
-    """Describe a model, batch, loss and optimizer so that a plan can be told to fit them."""
+def fingerprint(
+    model: nn.Module, batch: Any, loss: Any, optimizer: Any, device_type: str | None = None
+) -> Fingerprint:
+    """Describe a model, batch, loss and optimizer so that a plan can be told to fit them.
+
+    `device_type` is where the model is to be, if not where it is.
+    """
     autocast = None
-    device_type = device_type_of(model)
+    device_type = device_type or device_type_of(model)
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         autocast = _dtype(torch.get_autocast_dtype(device_type))
     return Fingerprint(

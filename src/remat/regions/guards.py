@@ -31,10 +31,14 @@ class Guarded:
     __slots__ = ("_forward", "_modules", "_random", "_training", "_versions")
 
     def __init__(
-        self, module: nn.Module, forward: Callable[..., Any], *, draws_python_random: bool
+        self,
+        members: tuple[nn.Module, ...],
+        forward: Callable[..., Any],
+        *,
+        draws_python_random: bool,
     ) -> None:
         self._forward = forward
-        self._modules = tuple(module.modules())
+        self._modules = tuple(inner for member in members for inner in member.modules())
         self._training: tuple[bool, ...] | None = None
         self._versions: tuple[int, ...] = ()
         self._random: Any = draws_python_random

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
 
 from remat.errors import ApplyError
 from remat.regions.guards import Guarded, refuse_transforms, run_eagerly
+from remat.regions.runs import HookTable, Run, with_tensors_first
 from remat.trace.caches import Filled, caches_in, with_empty_caches
 
 # Any: a module's arguments and results are the user's own.
@@ -58,7 +59,8 @@ class RegionRuntime:
     `calls` are the calls within a step that are recomputed, of `num_calls` in all; `None` is all
     of them. `is_eager` keeps it out of what torch.compile compiles. `buffers` are (module, name)
     pairs that the forward updates. `replaced` is a forward that the instance already had, which the
-    region wraps and `remove` puts back.
+    region wraps and `remove` puts back. A region that `is_nested` runs again, as a region, inside
+    the recomputation of the one around it.
     """
 
     clock: StepClock
@@ -70,6 +72,8 @@ class RegionRuntime:
     is_eager: bool = False
     buffers: tuple[tuple[nn.Module, str], ...] = ()
     replaced: Callable[..., Any] | None = None
+    run: Run | None = None
+    is_nested: bool = False
     _step: int = -1
     _count: int = 0
 
@@ -90,23 +94,32 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
     if runtime.is_eager and torch.compiler.is_compiling():
         return run_eagerly(region_forward, module, runtime, *args, **kwargs)
     forward = runtime.replaced or types.MethodType(type(module).forward, module)
-    if not torch.is_grad_enabled() or is_recomputing():
+    run = runtime.run
+    if run is not None:
+        run.begin()
+    if not torch.is_grad_enabled() or (is_recomputing() and not runtime.is_nested):
         return forward(*args, **kwargs)
     call = runtime.selected_call()
     if call is None:
         return forward(*args, **kwargs)
     saved_ops = runtime.saved_ops.get(call, frozenset())
+    if run is not None:
+        forward = functools.partial(run.forward, forward)
     options: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
         refuse_transforms()
         caches = caches_in((args, kwargs))
         if caches:
             forward = functools.partial(_fill_once, forward, [Filled(cache) for cache in caches])
-        hooked = [m for m in module.modules() if m is not module and _has_hooks(m)]
-        if runtime.buffers or runtime.num_calls > 1 or hooked or saved_ops or caches:
-            options["context_fn"] = functools.partial(_contexts, runtime, tuple(hooked), saved_ops)
-        forward = Guarded(module, forward, draws_python_random=runtime.draws_python_random)
-    return checkpoint(
+        hooks = [table for table in _hook_tables(module, run) if table]
+        if runtime.buffers or runtime.num_calls > 1 or hooks or saved_ops or caches:
+            options["context_fn"] = functools.partial(_contexts, runtime, hooks, saved_ops)
+        members = (module,) if run is None else run.members
+        forward = Guarded(members, forward, draws_python_random=runtime.draws_python_random)
+    if run is not None or runtime.is_nested:
+        forward, args = with_tensors_first(forward, args, kwargs)
+        kwargs = {}
+    output = checkpoint(
         forward,
         *args,
         use_reentrant=False,
@@ -114,6 +127,9 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
         **options,
         **kwargs,
     )
+    if run is not None:
+        run.silence()
+    return output
 
 
 def _fill_once(forward: Callable[..., Any], before: list[Filled], *args: Any, **kwargs: Any) -> Any:
@@ -131,9 +147,9 @@ def _fill_once(forward: Callable[..., Any], before: list[Filled], *args: Any, **
 
 
 def _contexts(
-    runtime: RegionRuntime, hooked: tuple[nn.Module, ...], saved_ops: frozenset[tuple[str, int]]
+    runtime: RegionRuntime, hooks: list[HookTable], saved_ops: frozenset[tuple[str, int]]
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    first = _FirstRun(runtime, hooked)
+    first = _FirstRun(runtime, hooks)
     again = _Recomputation(runtime, first)
     if not saved_ops:
         return first, again
@@ -186,9 +202,9 @@ class _Both:
 class _FirstRun:
     """Around the region's forward: keep what the recomputation must start from."""
 
-    def __init__(self, runtime: RegionRuntime, hooked: tuple[nn.Module, ...]) -> None:
+    def __init__(self, runtime: RegionRuntime, hooks: list[HookTable]) -> None:
         self._runtime = runtime
-        self._hooks = [table for module in hooked for table in _hook_tables(module)]
+        self._hooks = hooks
         self._saved: list[dict[int, Any]] = []
         self.observers: set[tuple[int, int]] = set()
         self.buffers: list[Tensor] = []
@@ -220,7 +236,7 @@ class _FirstRun:
                 table[key] = before[key]
 
     @property
-    def hook_tables(self) -> list[dict[int, Any]]:
+    def hook_tables(self) -> list[HookTable]:
         """The tables of user hooks inside the region."""
         return self._hooks
 
@@ -264,10 +280,13 @@ def _do_nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-def _hook_tables(module: nn.Module) -> Iterator[dict[int, Any]]:
-    yield module._forward_pre_hooks
-    yield module._forward_hooks
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _hook_tables(module: nn.Module, run: Run | None) -> Iterator[HookTable]:
+    """Yield the tables of hooks that fire inside a region, of which it may be empty ones."""
+    members = (module,) if run is None else run.members
+    for member in members:
+        for inner in member.modules():
+            if inner is not member:
+                yield inner._forward_pre_hooks
+                yield inner._forward_hooks
+    if run is not None:
+        yield from run.hook_tables()

@@ -83,7 +83,7 @@ def render_html(run: Run) -> str:
         plans=[
             (variant, group_regions(variant.plan))
             for variant in run.variants
-            if variant.plan is not None and variant.plan.regions
+            if variant.plan is not None and (variant.plan.regions or variant.plan.rewrites)
         ],
         light=palette.css_variables(palette.LIGHT),
         dark=palette.css_variables(palette.DARK),

@@ -29,7 +29,8 @@ def judge(variant: Variant) -> Variant:
 
     A planned variant passes where it stayed within its budget, its gradients and random state were
     those of the model without a plan, and training ended with the same losses and weights. Only
-    where the model itself is not reproducible (`within_noise`) may losses and weights differ.
+    where the model itself is not reproducible (`within_noise`), or where the plan sums in another
+    order (`within_rounding`), may losses and weights differ.
     """
     if variant.kind is VariantKind.REFERENCE:
         return variant.model_copy(update={"verdict": Verdict.REFERENCE})
@@ -69,8 +70,8 @@ def _problems(variant: Variant) -> list[str]:
             f"the measured peak of {format_bytes(peak)} is above the budget of "
             f"{format_bytes(budget)} by {format_bytes(peak - budget)}"
         )
-    is_noisy = verification is not None and verification.passed and not verification.identical
-    if not is_noisy:
+    may_differ = verification is not None and verification.passed and not verification.identical
+    if not may_differ:
         if variant.losses_identical is False:
             found.append("its loss curve differs from that without a plan")
         if variant.weights_identical is False:
@@ -79,6 +80,8 @@ def _problems(variant: Variant) -> list[str]:
 
 
 def _praise(variant: Variant) -> str:
+    if variant.verification is not None and variant.verification.within_rounding:
+        return "equal but for the order of summation, as planned"
     if variant.verification is not None and not variant.verification.identical:
         return "within the run-to-run noise of the model itself"
     if variant.weights_identical and variant.losses_identical:

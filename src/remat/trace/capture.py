@@ -53,10 +53,13 @@ from remat.trace.step import (
     first_line,
     make_optimizer,
 )
+from remat.trace.target import Target, default_to_foreach, ops_of
 
 # Any: batches are the user's own types.
 
 _log = logging.getLogger(__name__)
+
+_Names = dict[int, tuple[str, ...]]  # of what lies in each storage
 
 _NEEDS_VALUES = (
     DataDependentOutputException,
@@ -73,6 +76,7 @@ def capture(
     optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
     drop_saved: bool = True,
     device: torch.device | None = None,
+    target: Target | None = None,
 ) -> StepTrace:
     """Record one training step: forward, loss, backward and a warm optimizer step.
 
@@ -85,6 +89,7 @@ def capture(
     ---------
     drop_saved: separate what autograd holds from what the program holds (see `Recorder`).
     device: where tensors of the meta device are taken to live; default the CPU.
+    target: the device whose ops are recorded, for a model whose tensors are on the CPU or meta.
 
     Raises
     ------
@@ -93,8 +98,9 @@ def capture(
     """
     check_model(model)
     run = functools.partial(
-        _capture, model, batch, loss=loss, optimizer=optimizer, drop_saved=drop_saved
-    )
+        _capture, model, batch, loss=loss, optimizer=optimizer, drop_saved=drop_saved,
+        target=target,
+    )  # fmt: skip
     try:
         return run(fake=True, device=device or torch.device("cpu"))
     except _NEEDS_VALUES as error:
@@ -125,9 +131,11 @@ def _capture(
     drop_saved: bool,
     fake: bool,
     device: torch.device | None,
+    target: Target | None,
 ) -> StepTrace:
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     recorder = Recorder(mode, drop_saved=drop_saved)
+    device_type = _device_type(model) if target is None else target.device_type
     translate: Callable[[Tensor], Tensor]
     with contextlib.ExitStack() as stack:
         if mode is not None:
@@ -137,7 +145,8 @@ def _capture(
             batch = map_tensors(batch, translate)
             stack.enter_context(_branches_as_on_real_tensors())
             stack.enter_context(mode)
-            stack.enter_context(_fake_random_state())
+            stack.enter_context(_fake_random_state(is_on_host=device_type != "cpu"))
+            stack.enter_context(ops_of(target))
         else:
             stack.enter_context(untouched(model))
             memo: dict[int, Any] = {}
@@ -146,9 +155,10 @@ def _capture(
             batch = copy.deepcopy(map_tensors(batch, Tensor.detach), memo)
             translate = lambda t: memo.get(id(t), t)  # noqa: E731
             stack.enter_context(_random_state_in_sight(recorder))
-        buffer_names = _register_base(recorder, model, batch)
+        parameter_names, buffer_names = _register_base(recorder, model, batch)
         stack.enter_context(_recorded_calls(recorder, model))
         optimizer_object = make_optimizer(optimizer, model, translate)
+        default_to_foreach(optimizer_object, device_type)
         try:
             _run(recorder, model, batch, loss, optimizer_object)
         except (*_NEEDS_VALUES, RematError):
@@ -166,7 +176,8 @@ def _capture(
         num_ticks=recorder.tick + 1,
         phase_start=recorder.phase_start,
         buffer_names=buffer_names,
-        device_type=_device_type(model),
+        device_type=device_type,
+        parameter_names=parameter_names,
     )
 
 
@@ -207,11 +218,13 @@ def _run(
         del value
 
 
-def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> dict[int, tuple[str, ...]]:
-    """Note what lives through the whole step; return the names of the buffers by storage."""
-    for parameter in model.parameters():
-        recorder.register(parameter, PARAMETERS)
-    names: dict[int, tuple[str, ...]] = {}
+def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> tuple[_Names, _Names]:
+    """Note what lives through the whole step; return names of parameters, buffers by storage."""
+    parameters: _Names = {}
+    for name, parameter in model.named_parameters():
+        index = recorder.register(parameter, PARAMETERS)
+        parameters[index] = (*parameters.get(index, ()), name)
+    names: _Names = {}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         index = recorder.register(buffer, BUFFERS)
         names[index] = (*names.get(index, ()), name)
@@ -221,7 +234,7 @@ def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> dict[int
         return tensor
 
     map_tensors(batch, note)
-    return names
+    return parameters, names
 
 
 @contextlib.contextmanager
@@ -285,13 +298,14 @@ def _branches_as_on_real_tensors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fake_random_state() -> Iterator[None]:
+def _fake_random_state(*, is_on_host: bool) -> Iterator[None]:
     """Let saved random states be fake tensors, so that the record counts their bytes.
 
-    Checkpointing keeps one for each region that draws; fake random ops draw nothing.
+    Checkpointing keeps one for each region that draws; fake random ops draw nothing. States are
+    kept on the host, so for a step on a device they count nothing.
     """
     get, put = torch.get_rng_state, torch.set_rng_state
-    size = get().numel()
+    size = 0 if is_on_host else get().numel()
     torch.get_rng_state = lambda: torch.empty(size, dtype=torch.uint8)
     torch.set_rng_state = lambda new_state: None  # noqa: ARG005
     try:

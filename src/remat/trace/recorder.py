@@ -15,15 +15,21 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils.flop_counter import flop_registry
 
+from remat.trace.leaves import Identities, flatten
 from remat.trace.records import (
     ACTIVATIONS,
     FORWARD,
     TEMPORARIES,
     Call,
     Handle,
+    Leaves,
     Op,
     OpSignature,
     Storage,
@@ -59,9 +65,13 @@ class Packed:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Walk the tensors in nested lists, tuples and mappings."""
+    """Walk the tensors in nested lists, tuples and mappings, and those inside of wrappers."""
     if isinstance(value, Tensor):
-        yield value
+        if is_traceable_wrapper_subclass(value):
+            for name in value.__tensor_flatten__()[0]:
+                yield from tensors_in(getattr(value, name))
+        else:
+            yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
@@ -95,6 +105,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, int] = {}  # address of a storage -> id
         self._watchers: dict[int, weakref.ref[Any]] = {}
         self._call_counts: dict[str, int] = {}
+        self._identities = Identities()
 
     # -- storages ---------------------------------------------------------------------------------
 
@@ -197,11 +208,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._call_counts[module] = count + 1
         index = len(self.calls)
         inputs = tuple(dict.fromkeys(self.register(t, ACTIVATIONS) for t in tensors_in(arguments)))
+        leaves = self._leaves(arguments)
         parent = self.call_stack[-1] if self.call_stack else -1
         self.calls.append(
             Call(
                 module, count, parent, self.tick, len(self.ops), inputs=inputs,
-                uses_grad=torch.is_grad_enabled(), phase=self.phase,
+                arguments=leaves, uses_grad=torch.is_grad_enabled(), phase=self.phase,
             )
         )  # fmt: skip
         self.call_stack.append(index)
@@ -220,6 +232,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call.draws_python_random = python_random_before != python_random_state()
         call.outputs = tuple(
             dict.fromkeys(self.register(t, ACTIVATIONS) for t in tensors_in(outputs))
+        )
+        call.results = self._leaves(outputs)
+
+    def _leaves(self, value: Any) -> Leaves:
+        found, nesting = flatten(value)
+        # A wrapper has no memory of its own: it is an object like any other.
+        where = [
+            (i, leaf)
+            for i, leaf in enumerate(found)
+            if isinstance(leaf, Tensor) and not is_traceable_wrapper_subclass(leaf)
+        ]
+        return Leaves(
+            nesting,
+            tuple(self._identities.of(leaf) for leaf in found),
+            tuple(i for i, _ in where),
+            # A wrapper stands for the first of the tensors in it.
+            tuple(self.register(next(tensors_in(leaf)), ACTIVATIONS) for _, leaf in where),
         )
 
     # -- ops --------------------------------------------------------------------------------------
@@ -266,6 +295,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.name in _RESIZED_RESULTS and fresh and out.numel() == 1:
             # The storage is that of the loss before it was reduced.
             self.storages[fresh[0]].size_bytes = max(t.numel() for t in tensors) * out.itemsize
+        for tensor, size_bytes in _wider_statistics(func, args, produced):
+            self.storages[self.register(tensor, kind)].size_bytes = size_bytes
         mutated = _mutated(func, args, kwargs)
         mutated_ids = tuple(dict.fromkeys(self.register(t, kind) for t in mutated))
         moved = sum(t.numel() * t.element_size() for t in (*tensors, *produced))
@@ -340,6 +371,21 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 # Losses whose kernel reduces into the memory of the unreduced loss, and returns that.
 _RESIZED_RESULTS = frozenset({"aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss"})
+
+
+def _wider_statistics(
+    func: Any, args: tuple[Any, ...], produced: list[Tensor]
+) -> Iterator[tuple[Tensor, int]]:
+    """Yield the statistics that BatchNorm saves, with their real bytes.
+
+    For inputs of half precision with weights of full precision, as under autocast, kernels save
+    them in that of the weights; fakes say that of the input.
+    """
+    weight = args[1] if func._schema.name == "aten::native_batch_norm" else None
+    if isinstance(weight, Tensor):
+        for tensor in produced[1:3]:
+            yield tensor, tensor.numel() * max(tensor.itemsize, weight.itemsize)
+
 
 # Ops that update running statistics although their schema does not say so.
 _BATCH_NORM_ARGUMENTS = {

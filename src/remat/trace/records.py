@@ -110,12 +110,30 @@ class Handle:
     ops_before: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Leaves:
+    """The values inside a call's arguments or result: how they are nested, and which they are.
+
+    `names` are equal for one and the same object, or for equal constants; `tensors` are the
+    positions of those that are tensors, and `storages` the memory behind these.
+    """
+
+    nesting: tuple[object, ...]
+    names: tuple[object, ...]
+    tensors: tuple[int, ...]
+    storages: tuple[int, ...]
+
+
+NO_LEAVES = Leaves((), (), (), ())
+
+
 @dataclass(slots=True)
 class Call:
     """One call of a module's forward.
 
     `first_op` and `stop_op` bound its ops, `inputs` are the storages that its arguments hold,
     `changed_state` names an attribute or object of Python's that it, or a call inside, changed.
+    `arguments` and `results` say which objects it was given and gave back (see `Leaves`).
     """
 
     module: str
@@ -127,6 +145,8 @@ class Call:
     stop_op: int = -1
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    arguments: Leaves = NO_LEAVES
+    results: Leaves = NO_LEAVES
     draws_python_random: bool = False
     changed_state: str = ""
     uses_grad: bool = True
@@ -147,6 +167,7 @@ class StepTrace:
     buffer_names: dict[int, tuple[str, ...]]
     device_type: str
     notes: list[str] = field(default_factory=list)
+    parameter_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def base_bytes(self) -> int:

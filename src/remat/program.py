@@ -1,0 +1,245 @@
+"""Program: one traced training step with its options, its timeline and the search over them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from remat.cost.devices import Device, find_device
+from remat.cost.model import CostModel, cost_step
+from remat.cost.workspace import measure_workspace
+from remat.planner.blocks import find_blocks
+from remat.planner.options import Option, find_options
+from remat.planner.policies import AbstractPolicy, simple_policies
+from remat.planner.records import Outcome, Region, Rewrite, RewriteKind
+from remat.planner.recursion import find_recursions
+from remat.planner.solver import Solution, Solver
+from remat.planner.spans import Facts, Span
+from remat.planner.timeline import Timeline
+from remat.prove.accounting import Accounting, target_of
+from remat.prove.records import Simulation
+from remat.prove.snapshot import memory_snapshot
+from remat.regions.apply import install, remove
+from remat.regions.fingerprint import device_type_of
+from remat.trace.capture import capture
+from remat.trace.records import OpSignature, StepTrace
+from remat.trace.step import Loss, OptimizerLike
+from remat.units import format_bytes, format_seconds
+
+# Any: batches are the user's own types.
+
+_log = logging.getLogger(__name__)
+
+_MOST_REPAIRS = 6
+
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is trained: everything that a step is traced from."""
+
+    model: nn.Module
+    batch: Any
+    loss: Loss | None
+    optimizer: OptimizerLike
+
+
+class Program:
+    """One trace of a step, from which choices of regions for any number of budgets are made.
+
+    With `rewrites` on the model, the step is another program, with a trace of its own.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        *,
+        rewrites: tuple[Rewrite, ...] = (),
+        device: Device | str | None,
+        cost: CostModel | None,
+        time_limit_s: float,
+        report: Report,
+        trace: StepTrace | None = None,
+    ) -> None:
+        self._step, self._report, self.rewrites = step, report, rewrites
+        if cost is None:
+            if not isinstance(device, Device):
+                device = find_device(device or device_type_of(step.model))
+            cost = CostModel(device=device)
+        self._target = target_of(cost.device, device_type_of(step.model))
+        self._report("tracing one training step", 0.0)
+        # A trace that is given follows from others; it stands for one of this step.
+        self.trace = trace or self._captured((), drop_saved=True)
+        sliced = {r.module for r in rewrites if r.kind is RewriteKind.SLICED_CALL}
+        self._sliced_starts = [c.start for c in self.trace.calls if c.module in sliced]
+        self._report("pricing ops", 0.3)
+        self.workspace, is_workspace_known = self._kernel_workspace(cost.workspace)
+        self.accounting = Accounting(
+            device=cost.device,
+            device_type=self.trace.device_type,
+            is_workspace_known=is_workspace_known,
+            has_convolutions=any("convolution" in s.name for s in self.trace.signatures),
+        )
+        self.cost_model = CostModel(
+            device=cost.device, seconds=cost.seconds, workspace=self.workspace
+        )
+        self.cost = cost_step(self.trace, self.cost_model)
+        facts = Facts(self.trace, self.cost)
+        blocks = find_blocks(self.trace)
+        found = find_options(facts, keep=frozenset(blocks))
+        options = [option for option in found.options if not self._holds_slices(option)]
+        place = {o.parts[0].span: p for p, o in enumerate(options) if not o.saved_ops}
+        recursions = [
+            plan for plan in find_recursions(facts) if not any(map(self._holds_slices, plan))
+        ]
+        for option in itertools.chain.from_iterable(recursions):
+            if option.parts[0].span not in place:
+                place[option.parts[0].span] = len(options)
+                options.append(option)
+        self.options: tuple[Option, ...] = tuple(options)
+        self.hazards = found.hazards
+        self.timeline = Timeline(self.trace, self.cost, self.options)
+        self.solver = Solver(self.timeline, time_limit_s=time_limit_s)
+        self.blocks = tuple(place[span] for c in blocks if (span := Span((c,))) in place)
+        self._keep_all = self.timeline.curve(())
+        self._known: list[frozenset[int]] = [
+            frozenset(self.blocks[i] for i in policy.choose(len(self.blocks)))
+            for policy in simple_policies(len(self.blocks))
+        ]
+        self._known += [frozenset(place[o.parts[0].span] for o in plan) for plan in recursions]
+        self._least: tuple[Solution, Simulation] | None = None
+        self._keep_all_needed: int | None = None
+
+    @property
+    def keep_all_peak_bytes(self) -> int:
+        """Peak of the step when nothing is recomputed, counted as a budget is."""
+        if not self.accounting.counts_reserved:
+            return self._keep_all.peak_bytes
+        if self._keep_all_needed is None:
+            self._keep_all_needed = self.needed(self.simulate(()))
+        return self._keep_all_needed
+
+    def _holds_slices(self, option: Option) -> bool:
+        """Whether a call that recomputes its own slices lies inside an option: no region nests."""
+        return any(option.start <= start <= option.end for start in self._sliced_starts)
+
+    # -- search -----------------------------------------------------------------------------------
+
+    def solve(self, budget_bytes: int) -> tuple[Solution, Simulation] | None:
+        """Solve, simulate the solution, and tighten until the simulation keeps the budget.
+
+        Returns `None` where even the least peak that is found is above the budget.
+        """
+        allowed = self.accounting.allowed_bytes(budget_bytes)
+        for _ in range(_MOST_REPAIRS):
+            solution = self._cheapest(allowed)
+            if solution is None:
+                break
+            simulation = self.simulate(solution.chosen)
+            excess = self.needed(simulation) - budget_bytes
+            if excess <= 0:
+                self._known.append(solution.chosen)
+                return solution, simulation
+            _log.info("the simulated peak is %d bytes over the timeline's: tightening", excess)
+            allowed -= excess
+        least, simulation = self.least_peak()
+        return (least, simulation) if self.needed(simulation) <= budget_bytes else None
+
+    def least_peak(self) -> tuple[Solution, Simulation]:
+        """Return the choice of the least peak that is found, and its simulation."""
+        if self._least is None:
+            self._report("looking for the least peak", 0.7)
+            least = self.solver.least_peak(self._known)
+            self._least = least, self.simulate(least.chosen)
+        return self._least
+
+    def policy(self, policy: AbstractPolicy) -> tuple[Solution, Simulation]:
+        """Return the choice that a fixed rule amounts to, and its simulation."""
+        chosen = frozenset(self.blocks[i] for i in policy.choose(len(self.blocks)))
+        solution = Solution(
+            chosen=chosen, seconds=self.solver.cost(chosen), peak_bytes=0,
+            outcome=Outcome.FEASIBLE, bound_seconds=0.0, num_rows=0, num_solves=0,
+        )  # fmt: skip
+        return solution, self.simulate(chosen)
+
+    def _cheapest(self, allowed: int) -> Solution | None:
+        self._report("choosing what to recompute", 0.6)
+        known = [*self._known, *([self._least[0].chosen] if self._least is not None else [])]
+        return self.solver.cheapest(allowed, known)
+
+    # -- simulation -------------------------------------------------------------------------------
+
+    def simulate(self, chosen: Iterable[int]) -> Simulation:
+        """Run the step under fake tensors with the choice applied."""
+        self._report("simulating the plan", 0.8)
+        regions = tuple(r for p in sorted(chosen) for r in self.options[p].regions())
+        trace = self._captured(regions, drop_saved=False)
+        return self.accounting.simulation(trace, self._workspace_of(trace.signatures))
+
+    def memory_snapshot(self, regions: tuple[Region, ...]) -> dict[str, Any]:
+        """Return the step under regions as a PyTorch memory snapshot, by the allocator's model."""
+        trace = self._captured(regions, drop_saved=False)
+        return memory_snapshot(
+            trace,
+            self.accounting.options,
+            workspace=self._workspace_of(trace.signatures),
+            library_bytes=self.accounting.library_bytes,
+        )
+
+    def _captured(self, regions: tuple[Region, ...], *, drop_saved: bool) -> StepTrace:
+        step = self._step
+        install(step.model, regions, self.rewrites)
+        try:
+            return capture(
+                step.model, step.batch, loss=step.loss, optimizer=step.optimizer,
+                drop_saved=drop_saved, target=self._target,
+            )  # fmt: skip
+        finally:
+            remove(step.model)
+
+    def needed(self, simulation: Simulation) -> int:
+        """Return the least budget that a simulated plan fits, its margin included."""
+        return self.accounting.needed_bytes(simulation)
+
+    def _kernel_workspace(
+        self, given: Mapping[OpSignature, int] | None
+    ) -> tuple[dict[OpSignature, int], bool]:
+        self._given_workspace = given
+        if given is not None:
+            return dict(given), True
+        if self.trace.device_type != "cpu":
+            return {}, False
+        return dict(measure_workspace(self.trace.signatures)), True
+
+    def _workspace_of(self, signatures: Iterable[OpSignature]) -> dict[OpSignature, int]:
+        if self._given_workspace is not None:
+            return dict(self._given_workspace)
+        return dict(measure_workspace(signatures)) if self.accounting.is_workspace_known else {}
+
+    # -- the decisions as data --------------------------------------------------------------------
+
+    def regions(self, chosen: Iterable[int]) -> tuple[Region, ...]:
+        """Write each decision with what it frees at the keep-everything peak, by itself."""
+        tick = int(np.argmax(self._keep_all.alive))
+        regions = []
+        for position in sorted(chosen):
+            option = self.options[position]
+            alone = self.timeline.curve([position]).alive[tick]
+            freed = int(self._keep_all.alive[tick] - alone)
+            seconds = option.seconds + option.overhead_seconds
+            kept = f" but for {len(option.saved_ops)} saved ops" if option.saved_ops else ""
+            reason = (
+                f"recomputed{kept}: frees {format_bytes(freed)} at the peak, "
+                f"costs {format_seconds(seconds)}"
+            )
+            outer, *nested = option.regions()
+            figures = {"freed_bytes": freed, "recompute_seconds": seconds, "reason": reason}
+            regions += [outer.model_copy(update=figures), *nested]
+        return tuple(regions)

@@ -1,0 +1,87 @@
+"""The page of what fits where: one table and one picture, without scripts or a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from remat.files import write_atomically
+from remat.report import palette
+from remat.report.drawing import inline_data, literal, require_pictures, svg_text
+from remat.sizing.records import Mode, Survey
+from remat.units import format_bytes, format_seconds
+
+_WIDTH = 900
+_ROLES = {Mode.NOTHING: "reference", Mode.ALL_BLOCKS: "policy-1", Mode.PLANNED: "plan-1"}
+
+
+def write_survey(survey: Survey, path: str | os.PathLike[str]) -> Path:
+    """Write the page; an interrupted write leaves the old page or none.
+
+    Raises
+    ------
+    MissingPackageError: if the packages that draw are not installed.
+    """
+    return write_atomically(path, render_survey(survey))
+
+
+def render_survey(survey: Survey) -> str:
+    """Make the page of a survey.
+
+    Raises
+    ------
+    MissingPackageError: if the packages that draw are not installed.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    require_pictures()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("remat.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": format_bytes, "seconds": format_seconds}
+    told = "; ".join(
+        f"{row.device}: " + ", ".join(f"{s.mode.value} {s.largest}" for s in row.sizes)
+        for row in survey.devices
+    )
+    return environment.get_template("sizes.html.j2").render(
+        survey=survey,
+        roles=[(mode.value, role) for mode, role in _ROLES.items()],
+        picture=Markup(sizes_picture(survey)),  # noqa: S704  our own, escaped by vega
+        told=told,
+        light=palette.css_variables(palette.LIGHT),
+        dark=palette.css_variables(palette.DARK),
+    )
+
+
+def sizes_picture(survey: Survey) -> str:
+    """Draw the largest size of each device and mode as bars."""
+    import altair as alt
+
+    rows = [
+        {
+            "device": row.device,
+            "mode": size.mode.value,
+            "largest": size.largest,
+            "colour": palette.css_colour(_ROLES[size.mode]),
+        }
+        for row in survey.devices
+        for size in row.sizes
+    ]
+    order = [row.device for row in survey.devices]
+    modes = [mode.value for mode in Mode]
+    title = "examples per step" if survey.dimension == "batch" else "tokens per sequence"
+    y = alt.Y("device:N", sort=order, title=None)
+    offset = alt.YOffset("mode:N", sort=modes)
+    x = alt.X("largest:Q", title=f"largest {title}")
+    base = alt.Chart(inline_data(rows)).encode(y=y, yOffset=offset, x=x)
+    bars = base.mark_bar().encode(color=literal(alt.Color, "colour"))
+    texts = base.mark_text(align="left", dx=4, fontSize=10, color="currentColor").encode(
+        text="largest:Q"
+    )
+    height = max(60, 46 * len(order))
+    return svg_text((bars + texts).properties(width=_WIDTH - 160, height=height), "sizes", _WIDTH)

@@ -1,0 +1,58 @@
+"""What a choice of regions needs on a device, from the timeline of one trace, without another."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from remat.planner.timeline import Timeline
+from remat.program import Program
+from remat.prove.caching import CachingAllocator
+from remat.prove.reserved import Event, event_order, replay
+from remat.trace.records import BASE_KINDS
+
+
+def needed_bytes(program: Program, chosen: Collection[int]) -> int:
+    """Return the least budget that holds a step under the chosen options.
+
+    Equal to what a simulation of the step gives where nothing is recomputed; with regions, the
+    working set of a recomputation is taken as one block.
+    """
+    accounting = program.accounting
+    peak = program.timeline.curve(chosen).peak_bytes
+    if not accounting.counts_reserved:
+        return accounting.needed_for(peak)
+    peaks = replay(
+        program.trace,
+        CachingAllocator(accounting.options),
+        events=timeline_events(program.timeline, frozenset(chosen)),
+        library_bytes=accounting.library_bytes,
+    )
+    return accounting.needed_for(peaks.reserved_bytes)
+
+
+def timeline_events(timeline: Timeline, chosen: frozenset[int]) -> tuple[Event, ...]:
+    """List the allocations and frees of a step under the chosen options, in order."""
+    fresh = len(timeline.trace.storages)
+    spans: list[tuple[int, int, int, int]] = []  # storage, bytes, first and last tick
+    for number, storage in enumerate(timeline.trace.storages):
+        if storage.kind in BASE_KINDS or storage.size_bytes == 0:
+            continue
+        original, copies = timeline.intervals(number, chosen)
+        for start, end in original:
+            spans.append((number, storage.size_bytes, start, end))
+        for start, end in copies:
+            spans.append((fresh, storage.size_bytes, start, end))
+            fresh += 1
+    for position in chosen:
+        option = timeline.options[position]
+        working = tuple((tick, tick, size) for tick, size in option.replays)
+        for start, end, size in (*option.kept, *working):
+            if size > 0:
+                spans.append((fresh, size, start, end))
+                fresh += 1
+    events = [
+        Event(tick, is_free, number, size)
+        for number, size, start, end in spans
+        for tick, is_free in ((start, False), (end, True))
+    ]
+    return tuple(sorted(events, key=event_order))

@@ -1,0 +1,290 @@
+"""Steps traced for a device that is not here: its kernels, and what its allocator reserves."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import remat
+from remat.fit import Fit
+from remat.trace.capture import capture
+from remat.trace.target import Attention, Target, choose_attention, default_to_foreach, ops_of
+
+A100 = Target(device_type="cuda", compute_capability=(8, 0))
+H100 = Target(device_type="cuda", compute_capability=(9, 0))
+L4 = Target(device_type="cuda", compute_capability=(8, 9))
+V100 = Target(device_type="cuda", compute_capability=(7, 0))
+MI300X = Target(device_type="cuda", is_rocm=True)
+MPS = Target(device_type="mps")
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# Each row follows from one rule of PyTorch's sdp_utils.cpp; see NOTE [ Which attention ].
+CHOICES = [
+    # target, dtype, head size, what else, kernel
+    (A100, BF16, 64, {}, Attention.FLASH),
+    (A100, FP16, 256, {}, Attention.FLASH),
+    (A100, BF16, 64, {"dropout_p": 0.1}, Attention.FLASH),
+    (A100, BF16, 64, {"is_causal": True}, Attention.FLASH),
+    (A100, BF16, 64, {"is_causal": True, "keys": 9}, Attention.EFFICIENT),  # not square
+    (A100, BF16, 64, {"has_mask": True}, Attention.EFFICIENT),  # flash takes no mask
+    (A100, BF16, 264, {}, Attention.EFFICIENT),  # flash takes heads up to 256
+    (A100, BF16, 36, {"has_mask": True}, Attention.MATH),  # 36 is no multiple of 8
+    (A100, BF16, 36, {}, Attention.FLASH),  # padded
+    (A100, FP32, 64, {}, Attention.EFFICIENT),  # flash is for half precision
+    (A100, FP32, 66, {}, Attention.MATH),  # 66 is no multiple of 4
+    (A100, FP64, 64, {}, Attention.MATH),
+    (H100, BF16, 64, {}, Attention.CUDNN),
+    (H100, BF16, 64, {"has_mask": True}, Attention.CUDNN),
+    (H100, BF16, 64, {"dropout_p": 0.1}, Attention.FLASH),  # 0.1 is no multiple of 1/16
+    (H100, BF16, 64, {"dropout_p": 0.125}, Attention.CUDNN),
+    (H100, BF16, 192, {}, Attention.FLASH),
+    (L4, BF16, 192, {}, Attention.FLASH),
+    (L4, BF16, 200, {}, Attention.EFFICIENT),  # no backward between 193 and 224 on small chips
+    (L4, BF16, 256, {}, Attention.FLASH),
+    (L4, BF16, 256, {"dropout_p": 0.1}, Attention.EFFICIENT),
+    (V100, FP16, 64, {}, Attention.EFFICIENT),  # flash needs 8.0
+    (V100, BF16, 64, {}, Attention.MATH),
+    (V100, FP32, 66, {}, Attention.EFFICIENT),  # no alignment asked for
+    (MI300X, BF16, 64, {}, Attention.FLASH),
+    (MPS, FP16, 64, {}, Attention.MATH),
+]  # fmt: skip
+
+
+def heads(dtype, size, length=17, number=4):
+    return torch.empty(2, number, length, size, dtype=dtype, device="meta", requires_grad=True)
+
+
+@pytest.mark.parametrize(("target", "dtype", "size", "more", "kernel"), CHOICES)
+def test_attention_kernel_is_the_one_that_pytorch_selects(target, dtype, size, more, kernel):
+    """The first kernel in PyTorch's order whose conditions hold is chosen."""
+    facts = {"has_mask": False, "dropout_p": 0.0, "is_causal": False} | more
+    key = heads(dtype, size, facts.pop("keys", 17))
+    assert choose_attention(target, heads(dtype, size), key, key, **facts) is kernel
+
+
+def test_attention_of_three_dimensions_or_with_gaps_is_written_out():
+    """Fused kernels take four dimensions, the last one without gaps."""
+    facts = {"has_mask": False, "dropout_p": 0.0, "is_causal": False}
+    three = heads(BF16, 64)[0]
+    assert choose_attention(A100, three, three, three, **facts) is Attention.MATH
+    gaps = heads(BF16, 128)[..., ::2]
+    assert choose_attention(A100, gaps, gaps, gaps, **facts) is Attention.MATH
+
+
+class Mixer(nn.Module):
+    """Attention, dropout, a normalization and a linear layer."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        self.norm = nn.LayerNorm(64, dtype=dtype)
+        self.qkv = nn.Linear(64, 192, dtype=dtype)
+        self.out = nn.Linear(64, 64, dtype=dtype)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 4, 16).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + functional.dropout(self.out(mixed.transpose(1, 2).reshape(x.shape)), 0.1)
+
+
+def names(trace):
+    return Counter(op.name.split(".")[1] for op in trace.ops)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "kernel"),
+    [
+        (A100, BF16, "_scaled_dot_product_flash_attention"),
+        (H100, BF16, "_scaled_dot_product_cudnn_attention"),
+        (A100, FP32, "_scaled_dot_product_efficient_attention"),
+    ],
+)
+def test_step_runs_the_targets_ops_forward_and_backward(target, dtype, kernel):
+    """The trace holds the device's fused ops and their backward, and none of the CPU's parts."""
+    trace = capture(
+        Mixer(dtype), torch.randn(2, 32, 64, dtype=dtype), loss=square_mean, target=target
+    )
+    found = names(trace)
+    for name in (kernel, "native_dropout"):
+        assert found[name] == 1
+        assert found[f"{name}_backward"] == 1
+    assert not {"bernoulli_", "_softmax"} & set(found)
+    assert found["_foreach_sqrt"] == 1
+    assert trace.device_type == "cuda"
+
+
+def square_mean(model, batch):
+    return model(batch).float().square().mean()
+
+
+def test_fused_attention_saves_no_scores():
+    """What backward keeps grows with the length for flash, with its square when written out."""
+    kept = {}
+    for target in (A100, V100):  # V100 writes bfloat16 attention out
+        for length in (128, 512):
+            batch = torch.randn(2, length, 64, dtype=torch.bfloat16)
+            trace = capture(Mixer(), batch, loss=square_mean, target=target)
+            storages = {h.storage for h in trace.handles}
+            kept[target, length] = sum(trace.storages[s].size_bytes for s in storages)
+    assert kept[A100, 512] < 4 * kept[A100, 128]
+    assert kept[V100, 512] > 8 * kept[V100, 128]
+
+
+def test_module_that_calls_attention_inside_is_mapped_too():
+    """Torch's own multi-head attention reaches the same kernels, however it calls them."""
+    layer = nn.MultiheadAttention(64, 4, dropout=0.1, batch_first=True, dtype=torch.bfloat16)
+    trace = capture(
+        layer,
+        torch.randn(2, 16, 64, dtype=torch.bfloat16),
+        loss=lambda m, x: m(x, x, x, need_weights=False)[0].float().sum(),
+        target=A100,
+    )
+    assert names(trace)["_scaled_dot_product_flash_attention_backward"] == 1
+
+
+def test_grouped_heads_and_masks_run_on_the_efficient_kernel():
+    """Fewer key heads are repeated, and boolean masks become numbers."""
+
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x):
+            mask = torch.ones(17, 17, dtype=torch.bool)
+            q, k = x @ self.weight, x[:, :2] @ self.weight
+            return functional.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True)
+
+    trace = capture(Grouped(), torch.randn(2, 4, 17, 16), loss=square_mean, target=A100)
+    assert names(trace)["_scaled_dot_product_efficient_attention_backward"] == 1
+
+
+def test_kernels_are_the_cpus_again_behind_the_trace():
+    """Nothing of the target stays in torch, also where the step fails."""
+    x = torch.ones(1000)
+    with pytest.raises(ValueError, match="stop"), ops_of(A100):
+        raise ValueError("stop")
+    assert set(functional.dropout(x, 0.5).tolist()) == {0.0, 2.0}
+    q = torch.randn(1, 2, 8, 16)
+    found = functional.scaled_dot_product_attention(q, q, q)
+    assert torch.allclose(found, torch.softmax(q @ q.mT / 4, -1) @ q, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "expected"),
+    [
+        (torch.optim.AdamW, {}, True),
+        (torch.optim.SGD, {"momentum": 0.9}, True),
+        (torch.optim.AdamW, {"foreach": False}, False),
+        (torch.optim.AdamW, {"lr": torch.tensor(0.1)}, None),
+        (torch.optim.LBFGS, {}, "absent"),
+    ],
+)
+def test_optimizers_take_all_tensors_at_once_on_cuda(optimizer, arguments, expected):
+    """What an optimizer leaves open becomes what it chooses on CUDA; what is said stays."""
+    made = optimizer([nn.Parameter(torch.zeros(3))], **arguments)
+    default_to_foreach(made, "cuda")
+    assert made.param_groups[0].get("foreach", "absent") is expected
+    default_to_foreach(made, "mps")
+    assert made.param_groups[0].get("foreach", "absent") is expected
+
+
+def blocks(number=4):
+    return nn.Sequential(*[Mixer() for _ in range(number)])
+
+
+def test_plan_for_cuda_keeps_reserved_memory_within_the_budget():
+    """Reserved bytes, context and margin stay within the budget, and are what the plan says."""
+    batch = torch.empty(512, 512, 64, dtype=torch.bfloat16, device="meta")
+    fit = Fit(blocks(), batch, loss=square_mean, device="A100-80GB")
+    keep = fit.keep_all_peak_bytes
+    plan = fit.plan("90%")
+    assert plan.predicted_reserved_bytes is not None
+    assert plan.outside_bytes == remat.load_devices()["A100-80GB"].context_bytes
+    held = plan.predicted_reserved_bytes + plan.outside_bytes + plan.margin_bytes
+    assert held <= plan.budget_bytes == int(0.9 * keep)
+    assert plan.regions
+    assert plan.predicted_peak_bytes <= plan.predicted_reserved_bytes
+    assert sum(plan.breakdown.values()) == plan.predicted_peak_bytes
+    assert plan.breakdown["allocator"] >= 2 * 8_519_680  # cuBLAS's two workspaces
+    assert plan.device == "A100-80GB"
+    assert "on A100-80GB" in str(plan)
+    with pytest.raises(remat.BudgetError, match=r"context 543\.6 MiB") as caught:
+        fit.plan("600MiB")
+    assert {"context", "unused segments", "allocator"} <= set(caught.value.blame)
+    assert remat.Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_plan_for_cuda_is_refused_on_the_cpu():
+    """A plan holds for its type of device: elsewhere other kernels run."""
+    model, batch = blocks(2), torch.randn(4, 64, 64, dtype=torch.bfloat16)
+    plan = remat.plan(model, batch, "8GiB", loss=square_mean, device="L4")
+    assert plan.fingerprint.device_type == "cuda"
+    with pytest.raises(remat.PlanMismatchError, match="made for a model on 'cuda'"):
+        remat.apply(model, plan)
+
+
+def test_plan_for_apple_counts_what_is_requested():
+    """No caching allocator of CUDA's kind is assumed on other devices."""
+    batch = torch.randn(4, 64, 64, dtype=torch.bfloat16)
+    plan = remat.plan(blocks(2), batch, "8GiB", loss=square_mean, device="mps")
+    assert plan.predicted_reserved_bytes is None
+    assert plan.fingerprint.device_type == "mps"
+
+
+def test_file_of_a_plan_made_before_devices_is_read():
+    """Files without the fields for devices are plans as before."""
+    batch = torch.randn(4, 64, 64, dtype=torch.bfloat16)
+    plan = remat.plan(blocks(2), batch, "8GiB", loss=square_mean)
+    data = plan.model_dump(mode="json")
+    for field in ("device", "predicted_reserved_bytes", "outside_bytes"):
+        del data[field]
+    old = remat.Plan.from_data(data, "old file")
+    assert (old.device, old.predicted_reserved_bytes, old.outside_bytes) == ("", None, 0)
+
+
+def test_cli_plans_for_a_device_and_writes_its_timeline(run_cli, write_workload, tmp_path):
+    """Without a budget the device's memory is one; the timeline is a snapshot of segments."""
+    path = tmp_path / "step.json"
+    done = run_cli(
+        "plan", write_workload(), "--device", "l4", "--frontier", 0, "--memory-timeline", path
+    )
+    assert done.code == 0, done.err
+    assert re.search(r"budget +21\.\d+ GiB +\d+ bytes on L4", done.out)
+    assert '"segments"' in path.read_text()
+    done = run_cli("plan", write_workload(), "--device", "l4", "--memory-timeline", "step.txt")
+    assert done.code == 2
+    assert "ends in .json or .pickle" in done.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_of_cuda_casts_as_on_cuda(dtype):
+    """Under the device's autocast products are half, norms and softmaxes in float32."""
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = (
+                nn.Linear(64, 64),
+                nn.LayerNorm(64),
+                nn.Linear(64, 64),
+            )
+            self.mixer = Mixer(torch.float32)
+
+        def forward(self, x):
+            with torch.autocast(device_type="cuda", dtype=dtype):
+                seen.append(self.first(x).dtype)
+                seen.append(self.norm(self.first(x)).dtype)
+                seen.append(torch.softmax(self.last(x), -1).dtype)
+                return self.mixer(x) + self.last(self.norm(self.first(x)))
+
+    seen = []
+    trace = capture(Small(), torch.randn(2, 16, 64), loss=square_mean, target=A100)
+    assert seen == [dtype, torch.float32, torch.float32]
+    assert names(trace)["_scaled_dot_product_flash_attention_backward"] == 1
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.autocast("cpu").device == "cpu"

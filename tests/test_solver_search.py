@@ -113,7 +113,7 @@ def test_search_without_time_falls_back_on_the_choices_it_was_given():
 def test_zoo_models_are_solved_to_the_optimum_and_monotone(name):
     """On real models with few options every budget is solved within its share of work."""
     case = ZOO[name].build()
-    fit = Fit(case.model, case.batch, loss=case.loss)
+    fit = Fit(case.model, case.batch, loss=case.loss).plain
     least = fit.solver.least_peak(fit._known).peak_bytes
     costs = []
     for budget in rising(least, fit.keep_all_peak_bytes, 12):

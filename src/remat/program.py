@@ -138,8 +138,9 @@ class Program:
         Returns `None` where even the least peak that is found is above the budget.
         """
         allowed = self.accounting.allowed_bytes(budget_bytes)
+        remaining = self.solver.deadline()
         for _ in range(_MOST_REPAIRS):
-            solution = self._cheapest(allowed)
+            solution = self._cheapest(allowed, remaining)
             if solution is None:
                 break
             simulation = self.simulate(solution.chosen)
@@ -169,10 +170,10 @@ class Program:
         )  # fmt: skip
         return solution, self.simulate(chosen)
 
-    def _cheapest(self, allowed: int) -> Solution | None:
+    def _cheapest(self, allowed: int, remaining: Callable[[], float]) -> Solution | None:
         self._report("choosing what to recompute", 0.6)
         known = [*self._known, *([self._least[0].chosen] if self._least is not None else [])]
-        return self.solver.cheapest(allowed, known)
+        return self.solver.cheapest(allowed, known, remaining=remaining)
 
     # -- simulation -------------------------------------------------------------------------------
 
@@ -241,5 +242,9 @@ class Program:
             )
             outer, *nested = option.regions()
             figures = {"freed_bytes": freed, "recompute_seconds": seconds, "reason": reason}
-            regions += [outer.model_copy(update=figures), *nested]
+            inner = {"reason": "recomputed once more, inside the region around it"}
+            regions += [
+                outer.model_copy(update=figures),
+                *(r.model_copy(update=inner) for r in nested),
+            ]
         return tuple(regions)

@@ -115,14 +115,15 @@ def regions_title(plan: Plan) -> str:
 def group_regions(plan: Plan) -> list[RegionGroup]:
     """Put decisions together that are alike on modules whose names differ in their first number.
 
-    Alike: the same module path but for that number, the same call, and bytes and seconds within
-    5 %. Groups come in the order of their first region.
+    Alike: the same module path but for that number, the same call, as many calls as one region,
+    and bytes and seconds within 5 %. Groups come in the order of their first region.
     """
     groups: list[list[tuple[int | None, Region]]] = []
-    open_groups: dict[tuple[str, int, bool], list[list[tuple[int | None, Region]]]] = {}
+    open_groups: dict[tuple[object, ...], list[list[tuple[int | None, Region]]]] = {}
     for region in plan.regions:
         template, number = _split_number(region.module)
-        similar = open_groups.setdefault((template, region.call, region.draws_random_numbers), [])
+        kind = (len(region.followers), region.is_nested, region.draws_random_numbers)
+        similar = open_groups.setdefault((template, region.call, *kind), [])
         home = next((group for group in similar if _alike(group[0][1], region)), None)
         if home is None or number is None:
             home = []
@@ -139,6 +140,11 @@ def _as_group(members: list[tuple[int | None, Region]]) -> RegionGroup:
     label = _label(template, numbers) if len(members) > 1 else first.module or "the whole model"
     if first.num_calls > 1:
         label += f" (call {first.call + 1} of {first.num_calls})"
+    if first.followers:
+        each = "each " if len(members) > 1 else ""
+        label += f" ({each}with the {len(first.followers)} after it, as one)"
+    if first.is_nested:
+        label = f"inside: {label}"
     same = len({region.reason for _, region in members}) == 1
     reason = first.reason.removeprefix("recomputed: ")  # that is said above all of them
     if len(members) > 1 and reason:

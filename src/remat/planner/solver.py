@@ -74,15 +74,20 @@ class Solver:
         return math.fsum(self._costs[p] for p in chosen)
 
     def cheapest(
-        self, budget_bytes: int, candidates: Iterable[frozenset[int]] = ()
+        self,
+        budget_bytes: int,
+        candidates: Iterable[frozenset[int]] = (),
+        *,
+        remaining: Callable[[], float] | None = None,
     ) -> Solution | None:
         """Return the cheapest choice within the budget, or `None` if there is none.
 
         Arguments
         ---------
         candidates: choices known from elsewhere; the best that fits is the fallback if time ends.
+        remaining: the seconds left, where several calls share one limit (see `deadline`).
         """
-        search = _Search(self, budget_bytes)
+        search = _Search(self, budget_bytes, remaining or self.deadline())
         keep_all = self.timeline.curve(())
         if keep_all.peak_bytes <= budget_bytes:
             search.best = self.measured(frozenset())
@@ -193,7 +198,7 @@ class Solver:
         return found
 
     def deadline(self) -> Callable[[], float]:
-        """Start the clock of one call; returns the seconds that remain."""
+        """Start the clock; what is returned tells the seconds that remain of the limit."""
         end = self._clock() + self._time_limit_s
         return lambda: end - self._clock()
 
@@ -201,11 +206,11 @@ class Solver:
 class _Search:
     """One call's search: the rows found so far, the best choice, and one limit of time."""
 
-    def __init__(self, solver: Solver, budget_bytes: int) -> None:
+    def __init__(self, solver: Solver, budget_bytes: int, remaining: Callable[[], float]) -> None:
         self.best: Solution | None = None
         self._solver = solver
         self._budget = budget_bytes
-        self._remaining = solver.deadline()
+        self._remaining = remaining
         self._ticks: set[int] = set()
         # Bytes that a row must ask for more, where it and the timeline disagree.
         self._slack: dict[int, int] = {}

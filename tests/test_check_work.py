@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import remat
 from remat.prove.records import CheckReport
 from tests.models import square_mean
-from tests.test_check import STEP, Checkpointed, Part, found_in
+from tests.test_check import STEP, Checkpointed, OwnGenerator, Part, found_in
 
 
 @pytest.fixture
@@ -109,9 +109,9 @@ def test_fix_replaces_the_models_checkpointing(batch):
     assert all("forward" not in m.__dict__ for m in model.modules())
 
 
-def test_fix_of_a_model_that_keeps_no_random_state_takes_what_is_needed(batch):
+def test_fix_of_a_model_that_recomputes_wrongly_takes_what_is_needed(batch):
     """Right costs memory that wrong does not: the default budget is then the least in reach."""
-    model = Checkpointed(lambda: Part(nn.Dropout(0.5)), preserve_rng_state=False)
+    model = Checkpointed(lambda: Part(OwnGenerator()))
     own = remat.simulate(model, batch, **STEP).peak_bytes
     plan = remat.replace_checkpointing(model, batch, **STEP)
     assert plan.predicted_peak_bytes > own

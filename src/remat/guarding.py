@@ -151,10 +151,11 @@ class Guard:
         )  # fmt: skip
 
     def _planned(self, budget_bytes: int) -> Plan:
-        make = replace_checkpointing if self.plan.replaces_checkpointing else make_plan
-        return make(
-            self._model, self._batch, budget_bytes, loss=self._loss, optimizer=self._optimizer
-        )
+        step: dict[str, Any] = {"loss": self._loss, "optimizer": self._optimizer}
+        if self.plan.replaces_checkpointing:
+            return replace_checkpointing(self._model, self._batch, budget_bytes, **step)
+        chunks = None if self.plan.rewrites else False  # a plan that gives the same bits stays so
+        return make_plan(self._model, self._batch, budget_bytes, chunks=chunks, **step)
 
     def _note(self, event: GuardEvent) -> None:
         _log.warning("%s", event.message)

@@ -30,13 +30,13 @@ def replace_checkpointing(
 
     The model's code and switches stay as they are: while the plan is on, its own calls of torch's
     checkpoint run plainly, and after `handle.remove()` they checkpoint again. A percentage is of
-    the peak without any checkpointing.
+    the peak without any checkpointing. Nothing runs in slices: the bits are those of the model.
 
     Arguments
     ---------
     budget: as for `remat.plan`; by default the peak that the model's own checkpointing reaches,
-        which a plan mostly reaches at less cost. Where it is out of reach, as a model that keeps
-        no random state needs less, the least peak that is in reach.
+        which a plan mostly reaches at less cost. Where it is out of reach, as a model that
+        recomputes wrongly may need less, the least peak that is in reach.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def replace_checkpointing(
     step: dict[str, Any] = {"loss": loss, "optimizer": optimizer}
     wanted = budget if budget is not None else simulate(model, batch, **step).peak_bytes
     with checkpointing_off():
-        fit = Fit(model, batch, time_limit_s=time_limit_s, progress=progress, **step)
+        fit = Fit(model, batch, chunks=False, time_limit_s=time_limit_s, progress=progress, **step)
         try:
             made = fit.plan(wanted)
         except BudgetError as error:

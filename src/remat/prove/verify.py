@@ -283,7 +283,7 @@ def is_within_rounding(
             if difference.max_abs <= allowed:
                 continue
         elif name in map(_AFTER_STEP.format, names):
-            continue  # follows from its gradient, as in `_is_within`
+            continue  # follows from its gradient, as in `is_within`
         return False
     return True
 

@@ -130,8 +130,8 @@ CASES = {
             source=_BERT_SOURCE,
             predict=partial(bert_large, 4),
             tolerance=0.12,
-            note="what is missing is one matrix of scores a layer (16.8 MB a sequence) in both "
-            "cases that keep everything: what the code of that time kept, today's does not",
+            note="what is missing has the size of one matrix of scores a layer (16.8 MB a "
+            "sequence) in both cases that keep everything; the code of that time was not run",
         ),
     )
 }

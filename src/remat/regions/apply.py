@@ -156,7 +156,9 @@ def install(
             },
             preserve_rng_state=any(region.draws_random_numbers for region in chosen),
             draws_python_random=draws_python_random,
-            is_eager=draws_python_random or must_run_eagerly(homes),
+            is_eager=(
+                draws_python_random or must_run_eagerly(homes) or first.is_nested or run is not None
+            ),
             buffers=homes,
             replaced=module.__dict__.get("forward"),
             run=run,

@@ -34,6 +34,7 @@ def plan(
     batch: Any,
     budget: int | str,
     *,
+    host_budget: int | str | None = None,
     loss: Loss | None = None,
     optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
     device: Device | str | None = None,
@@ -50,6 +51,8 @@ def plan(
     ---------
     budget: total peak of one training step on the device, as bytes, `"8GiB"`, or `"60%"` of the
         keep-everything peak.
+    host_budget: most bytes of host memory, as bytes or `"4GiB"`, that may hold saved tensors and
+        inputs of regions between forward and backward; by default nothing is offloaded.
     loss: `(model, batch) -> scalar tensor`; by default the loss is taken from the model's output.
     optimizer: `(parameters) -> Optimizer`, an optimizer, or `None` to count no optimizer step.
     device: row of the device table whose speed prices ops; default by the model's device.
@@ -67,7 +70,7 @@ def plan(
         parse_budget(budget)  # an unreadable budget is said before the step is traced
     fit = Fit(
         model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost,
-        time_limit_s=time_limit_s, progress=progress,
+        time_limit_s=time_limit_s, progress=progress, host_budget=host_budget,
     )  # fmt: skip
     return fit.plan(budget)
 
@@ -147,16 +150,19 @@ class Fit:
         cost: CostModel | None = None,
         time_limit_s: float = 8.0,
         progress: Progress | None = None,
+        host_budget: int | str | None = None,
     ) -> None:
         started = time.monotonic()
+        host_budget_bytes = None if host_budget is None else parse_budget(host_budget)
         self._report = progress or (lambda _what, _share: None)
         check_model(model)
         if is_applied(model):
             raise ApplyError("a plan is on this model: call handle.remove() before planning anew.")
         self._step = Step(model, batch, loss, optimizer)
         self.plain = Program(
-            self._step, device=device, cost=cost, time_limit_s=time_limit_s, report=self._report
-        )
+            self._step, device=device, cost=cost, time_limit_s=time_limit_s, report=self._report,
+            host_budget_bytes=host_budget_bytes,
+        )  # fmt: skip
         self._seconds = time.monotonic() - started
 
     @property
@@ -172,7 +178,12 @@ class Fit:
         solved = self.plain.solve(budget_bytes)
         if solved is None:
             _, least = self.plain.least_peak()
-            raise BudgetError(budget_bytes, self.plain.needed(least), least.breakdown)
+            raise BudgetError(
+                budget_bytes,
+                self.plain.needed(least),
+                least.breakdown,
+                host_budget_bytes=self.plain.host_budget_bytes,
+            )
         self._report("done", 1.0)
         seconds = time.monotonic() - started + self._seconds
         return self._as_plan(*solved, budget_bytes, seconds)
@@ -206,7 +217,9 @@ class Fit:
         forward = program.cost.forward_seconds
         recomputed = sum(program.options[p].seconds for p in solution.chosen)
         fraction = recomputed / forward if forward else 0.0
-        bound = lower_bound_seconds(program.timeline, program.cost, budget_bytes) / forward
+        # What waits on the host need not be recomputed: the bound holds with that much more memory.
+        memory = budget_bytes + (program.host_budget_bytes or 0)
+        bound = lower_bound_seconds(program.timeline, program.cost, memory) / forward
         return Plan(
             fingerprint=fingerprint(step.model, step.batch, step.loss, step.optimizer),
             budget_bytes=budget_bytes,
@@ -225,6 +238,7 @@ class Fit:
             margin_bytes=program.margin(simulation.peak_bytes),
             cost_source=program.cost_model.source,
             plan_seconds=seconds,
+            host_budget_bytes=program.host_budget_bytes,
             notes=self._notes(solution, budget_bytes),
         )
 

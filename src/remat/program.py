@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from remat.cost.devices import Device, find_device
 from remat.cost.model import CostModel, cost_step
 from remat.cost.workspace import measure_workspace
 from remat.planner.blocks import find_blocks
+from remat.planner.offload import find_offloads
 from remat.planner.options import Option, find_options
 from remat.planner.policies import AbstractPolicy, simple_policies
 from remat.planner.records import Outcome, Region
@@ -22,7 +24,7 @@ from remat.planner.solver import Solution, Solver
 from remat.planner.timeline import Timeline
 from remat.prove.records import Simulation
 from remat.prove.simulate import summarize
-from remat.regions.apply import install, remove
+from remat.regions.apply import host_peak_bytes, install, remove
 from remat.trace.capture import capture
 from remat.trace.records import OpSignature
 from remat.trace.step import Loss, OptimizerLike
@@ -60,6 +62,7 @@ class Program:
         cost: CostModel | None,
         time_limit_s: float,
         report: Report,
+        host_budget_bytes: int | None = None,
     ) -> None:
         self._step, self._report = step, report
         self._report("tracing one training step", 0.0)
@@ -72,17 +75,20 @@ class Program:
             if not isinstance(device, Device):
                 device = find_device(device or self.trace.device_type)
             cost = CostModel(device=device)
-        self.cost_model = CostModel(
-            device=cost.device, seconds=cost.seconds, workspace=self.workspace
-        )
+        self.cost_model = dataclasses.replace(cost, workspace=self.workspace)
         self.cost = cost_step(self.trace, self.cost_model)
         blocks = find_blocks(self.trace)
         forests = find_recursions(self.trace, self.cost)
         found = find_options(self.trace, self.cost, keep=frozenset(blocks), spans=spans_of(forests))
         self.options: tuple[Option, ...] = found.options
+        self.host_budget_bytes = host_budget_bytes
+        if host_budget_bytes is not None:
+            self.options += find_offloads(self.trace, self.cost, found.options)
         self.hazards = found.hazards
         self.timeline = Timeline(self.trace, self.cost, self.options)
-        self.solver = Solver(self.timeline, time_limit_s=time_limit_s)
+        self.solver = Solver(
+            self.timeline, time_limit_s=time_limit_s, host_budget_bytes=host_budget_bytes
+        )
         position_of = {
             o.call: p for p, o in enumerate(self.options) if o.is_single and not o.saved_ops
         }
@@ -92,7 +98,7 @@ class Program:
             frozenset(self.blocks[i] for i in policy.choose(len(self.blocks)))
             for policy in simple_policies(len(self.blocks))
         ]
-        place = {option.parts[0].span: p for p, option in enumerate(self.options)}
+        place = {option.parts[0].span: p for p, option in enumerate(found.options)}
         self._known += [
             frozenset(place[span] for span in forest if span in place) for forest in forests
         ]
@@ -159,9 +165,10 @@ class Program:
             trace = capture(
                 step.model, step.batch, loss=step.loss, optimizer=step.optimizer, drop_saved=False
             )
+            host_bytes = host_peak_bytes(step.model)
         finally:
             remove(step.model)
-        return summarize(trace, self._workspace_of(trace.signatures))
+        return summarize(trace, self._workspace_of(trace.signatures), host_bytes)
 
     def needed(self, simulation: Simulation) -> int:
         """Return the least budget that a simulated plan fits, its margin included."""
@@ -193,8 +200,10 @@ class Program:
             freed = int(self._keep_all.alive[tick] - alone)
             seconds = option.seconds + option.overhead_seconds
             kept = f" but for {len(option.saved_ops)} saved ops" if option.saved_ops else ""
+            how = f"recomputed{kept}" if option.is_recomputed else "offloaded"
+            moved = f"{format_bytes(option.host_bytes)} on the host, " if option.host_bytes else ""
             reason = (
-                f"recomputed{kept}: frees {format_bytes(freed)} at the peak, "
+                f"{how}: frees {format_bytes(freed)} at the peak, {moved}"
                 f"costs {format_seconds(seconds)}"
             )
             outer, *nested = option.regions()

@@ -16,7 +16,7 @@ import highspy
 import numpy as np
 
 from remat.planner.records import Outcome
-from remat.planner.rows import Linear, Row, RowBuilder
+from remat.planner.rows import HOST_TICK, Linear, Row, RowBuilder, host_row
 from remat.planner.timeline import Curve, Timeline
 
 _MIB = float(2**20)
@@ -45,11 +45,14 @@ class Solver:
         *,
         time_limit_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        host_budget_bytes: int | None = None,
     ) -> None:
         self.timeline = timeline
         self.options = timeline.options
         self._builder = RowBuilder(timeline)
         self._rows: dict[int, Row] = {}
+        if host_budget_bytes is not None:
+            self._rows[HOST_TICK] = host_row(timeline.options, host_budget_bytes)
         self._time_limit_s = time_limit_s
         self._clock = clock
 
@@ -281,7 +284,9 @@ class _Programme:
         for join, size in row.joins.items():
             coefficients[self._join(join)] = size / _MIB
         high = -row.constant / _MIB
-        if self._budget is None:
+        if row.limit_bytes is not None:
+            high += row.limit_bytes / _MIB
+        elif self._budget is None:
             coefficients[self._peak] = -1.0
         else:
             high += self._budget / _MIB

@@ -36,6 +36,7 @@ class Verification(Record):
 
     `identical`: equal bit for bit. `within_noise`: the unplanned model itself is not reproducible,
     and the planned step differs from it no more than two unplanned steps do from each other.
+    `passed` also asks that both peaks keep their budgets; host memory counts what offloading takes.
     """
 
     identical: bool
@@ -49,6 +50,9 @@ class Verification(Record):
     budget_bytes: int
     peak_error: float
     within_budget: bool
+    measured_host_bytes: int = 0
+    predicted_host_bytes: int = 0
+    host_budget_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -60,8 +64,12 @@ class MemorySample(Record):
 
 
 class Simulation(Record):
-    """One training step under fake tensors: its exact peak and its curve of memory."""
+    """One training step under fake tensors: its exact peak and its curve of memory.
+
+    `host_bytes` is what offloading would take of host memory, which is none of the peak.
+    """
 
     peak_bytes: int
     breakdown: dict[str, int]
     samples: tuple[MemorySample, ...]
+    host_bytes: int = 0

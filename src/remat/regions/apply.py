@@ -11,9 +11,10 @@ from typing_extensions import Self
 
 from remat.errors import ApplyError, PlanMismatchError
 from remat.planner.records import Plan, Region
-from remat.regions.fingerprint import check_model_matches
+from remat.regions.fingerprint import check_model_matches, device_type_of
+from remat.regions.pool import HostPool
 from remat.regions.runs import Follower, Run, follower_forward
-from remat.regions.runtime import RegionRuntime, StepClock, region_forward
+from remat.regions.runtime import Offloads, RegionRuntime, StepClock, region_forward
 from remat.trace.step import check_model
 
 
@@ -64,7 +65,7 @@ def apply(model: nn.Module, plan: Plan) -> Handle:
     check_model(model)
     check_plan(plan)
     check_model_matches(model, plan.fingerprint)
-    install(model, plan.regions)
+    install(model, plan.regions, host_budget_bytes=plan.host_budget_bytes)
     return Handle(model, plan)
 
 
@@ -87,8 +88,32 @@ def is_applied(model: nn.Module) -> bool:
     return any(_installed(module) is not None for module in model.modules())
 
 
+def host_pool(model: nn.Module) -> HostPool | None:
+    """Return the host memory of the plan on a model, if it offloads anything."""
+    for module in model.modules():
+        installed = _installed(module)
+        while isinstance(installed, (RegionRuntime, Follower)):
+            offloads = getattr(installed, "offloads", None)
+            if offloads is not None:
+                return offloads.pool
+            installed = _state_of(installed.replaced)
+    return None
+
+
+def host_peak_bytes(model: nn.Module) -> int:
+    """Return the most bytes of host memory that the plan on a model has taken at any time."""
+    pool = host_pool(model)
+    return 0 if pool is None else pool.peak_bytes
+
+
 def remove(model: nn.Module) -> None:
-    """Take any plan off a model, also off a copy of one that has a handle."""
+    """Take any plan off a model, also off a copy of one that has a handle.
+
+    Host memory of the plan is freed, except for what a backward still to come needs.
+    """
+    pool = host_pool(model)
+    if pool is not None:
+        pool.close()
     for module in model.modules():
         while (installed := _installed(module)) is not None:
             if installed.replaced is None:
@@ -97,7 +122,9 @@ def remove(model: nn.Module) -> None:
                 module.__dict__["forward"] = installed.replaced
 
 
-def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
+def install(
+    model: nn.Module, regions: tuple[Region, ...], *, host_budget_bytes: int | None = None
+) -> None:
     """Put regions onto a model; `remove` takes them off."""
     if is_applied(model):
         raise ApplyError(
@@ -111,6 +138,7 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
         key = (region.module, region.followers, region.is_nested)
         together.setdefault(key, []).append(region)
     clock = StepClock()
+    pool, device_type = HostPool(host_budget_bytes), device_type_of(model)
     # The inner before the outer: a region wraps what is on its modules already.
     for chosen in reversed(together.values()):
         first = chosen[0]
@@ -123,6 +151,8 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
             run = Run(members, first.argument, first.result)
             for member in members[1:]:
                 _replace(member, follower_forward, Follower(run, member.__dict__.get("forward")))
+        offloaded = {r.call: r.offload for r in chosen if r.offload is not None}
+        kept = frozenset(region.call for region in chosen if not region.is_recomputed)
         runtime = RegionRuntime(
             clock=clock,
             calls=None if len(calls) == first.num_calls else calls,
@@ -137,6 +167,7 @@ def install(model: nn.Module, regions: tuple[Region, ...]) -> None:
             replaced=module.__dict__.get("forward"),
             run=run,
             is_nested=first.is_nested,
+            offloads=Offloads(pool, device_type, offloaded, kept) if offloaded else None,
         )
         _replace(module, region_forward, runtime)
     if not regions:
@@ -158,6 +189,11 @@ def _check_regions(
         if region.module not in modules:
             raise PlanMismatchError(
                 f"the plan recomputes module {region.module!r}, which the model has not."
+            )
+        if not region.is_recomputed and region.offload is None:
+            raise PlanMismatchError(
+                f"the plan neither recomputes nor offloads module {region.module!r}: make the "
+                "plan again with remat.plan."
             )
         if region.call >= region.num_calls:
             raise PlanMismatchError(
@@ -201,7 +237,10 @@ def _has_backward_hooks(module: nn.Module) -> bool:
 
 
 def _installed(module: nn.Module) -> RegionRuntime | Follower | None:
-    forward: Any = module.__dict__.get("forward")  # Any: users put what they like there
+    return _state_of(module.__dict__.get("forward"))
+
+
+def _state_of(forward: Any) -> RegionRuntime | Follower | None:  # Any: users put what they like
     if isinstance(forward, functools.partial) and forward.func in (
         region_forward,
         follower_forward,

@@ -22,7 +22,7 @@ from remat.prove.records import Simulation
 from remat.regions.apply import Handle, apply, is_applied
 from remat.regions.fingerprint import fingerprint
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike, check_model
-from remat.units import format_bytes, parse_budget
+from remat.units import format_bytes, parse_budget, parse_host_budget
 
 # Any: batches are the user's own types.
 
@@ -153,7 +153,7 @@ class Fit:
         host_budget: int | str | None = None,
     ) -> None:
         started = time.monotonic()
-        host_budget_bytes = None if host_budget is None else parse_budget(host_budget)
+        host_budget_bytes = None if host_budget is None else parse_host_budget(host_budget)
         self._report = progress or (lambda _what, _share: None)
         check_model(model)
         if is_applied(model):

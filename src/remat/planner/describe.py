@@ -69,6 +69,10 @@ def figures(plan: Plan) -> Iterator[tuple[str, str, str]]:
     saved = plan.keep_all_peak_bytes - plan.predicted_peak_bytes
     remark = f"{format_bytes(saved)} more than planned" if saved > 0 else "the same"
     yield "keep-everything peak", format_bytes(plan.keep_all_peak_bytes), remark
+    if plan.host_budget_bytes is not None:
+        allowed = f"of {format_bytes(plan.host_budget_bytes)} allowed"
+        copies = f"{format_seconds(plan.transfer_seconds)} of copies that nothing hides"
+        yield "host memory", format_bytes(plan.host_bytes), f"{allowed}; {copies}"
     source = f" ({plan.cost_source})" if plan.cost_source else ""
     extra = (
         f"{format_seconds(plan.recompute_seconds)} more than" if plan.regions else "no more than"
@@ -94,11 +98,17 @@ def peak_shares(plan: Plan) -> list[tuple[str, int, float]]:
 
 
 def regions_title(plan: Plan) -> str:
-    """Say how many module calls are recomputed, and what they free and cost together."""
+    """Say how many module calls are recomputed, and how many are offloaded instead."""
     if not plan.regions:
         return "Recomputed: nothing; every activation is kept"
-    count = len(plan.regions)
-    return f"Recomputed: {count} {'region' if count == 1 else 'regions'}"
+    again = sum(region.is_recomputed for region in plan.regions)
+    moved = len(plan.regions) - again
+    title = f"Recomputed: {_counted(again, 'region') if again or not moved else 'nothing'}"
+    return f"{title}; offloaded: {_counted(moved, 'call')}" if moved else title
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def group_regions(plan: Plan) -> list[RegionGroup]:
@@ -108,10 +118,11 @@ def group_regions(plan: Plan) -> list[RegionGroup]:
     5 %. Groups come in the order of their first region.
     """
     groups: list[list[tuple[int | None, Region]]] = []
-    open_groups: dict[tuple[str, int, bool], list[list[tuple[int | None, Region]]]] = {}
+    open_groups: dict[tuple[object, ...], list[list[tuple[int | None, Region]]]] = {}
     for region in plan.regions:
         template, number = _split_number(region.module)
-        similar = open_groups.setdefault((template, region.call, region.draws_random_numbers), [])
+        kind = (region.draws_random_numbers, region.is_recomputed, region.offload is None)
+        similar = open_groups.setdefault((template, region.call, *kind), [])
         home = next((group for group in similar if _alike(group[0][1], region)), None)
         if home is None or number is None:
             home = []

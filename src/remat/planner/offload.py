@@ -1,4 +1,4 @@
-"""Offload options: what waits in host memory between forward and backward, instead of on the device.
+"""Offload options: what waits in host memory between forward and backward.
 
 NOTE [ What an offload changes ]
 Two kinds; neither changes a value.

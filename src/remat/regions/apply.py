@@ -92,10 +92,9 @@ def host_pool(model: nn.Module) -> HostPool | None:
     """Return the host memory of the plan on a model, if it offloads anything."""
     for module in model.modules():
         installed = _installed(module)
-        while isinstance(installed, (RegionRuntime, Follower)):
-            offloads = getattr(installed, "offloads", None)
-            if offloads is not None:
-                return offloads.pool
+        while installed is not None:
+            if isinstance(installed, RegionRuntime) and installed.offloads is not None:
+                return installed.offloads.pool
             installed = _state_of(installed.replaced)
     return None
 

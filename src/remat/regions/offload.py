@@ -110,8 +110,14 @@ class _Copy:
         self._readers.discard(reader)
         self._unread.discard(reader)
         if self._back is not None and not self._unread:
-            self._wait()
-            self._back = None
+            self._drop_unread()
+
+    def _drop_unread(self) -> None:
+        """Let go of what was fetched and never read; from any thread, whatever its stream."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        self._back = None
 
     def _wait(self) -> None:
         if self._event is not None:
@@ -138,7 +144,7 @@ class _Copy:
 
     def __del__(self) -> None:
         if self._back is not None:
-            self._wait()
+            self._drop_unread()
         self._pool.give(self._buffer)
 
 

@@ -106,6 +106,7 @@ class HostPool:
         """Take a buffer back; it may be handed out again at once."""
         with self._lock:
             if self._is_closed:
+                self._finish_copies()  # the buffer is freed next
                 self.held_bytes -= buffer.size_bytes
                 return
             key = (buffer.size_bytes, buffer.is_real, buffer.is_pinned)
@@ -132,6 +133,9 @@ class HostPool:
         dropped = [buffer for buffers in self._idle.values() for buffer in buffers]
         self._idle.clear()
         if dropped:
-            for stream in self._streams.values():
-                stream.synchronize()  # copies that still read them
+            self._finish_copies()
         self.held_bytes -= sum(buffer.size_bytes for buffer in dropped)
+
+    def _finish_copies(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()

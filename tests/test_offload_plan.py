@@ -15,7 +15,7 @@ from tests.models import Block, square_mean
 from tests.test_solver import Residual, all_choices
 from tests.zoo import ALL, TINY
 
-KIB = 1024
+KIB, MIB = 1024, 1024**2
 
 
 def offloading(model, batch, host_budget="1GiB", **step):
@@ -193,3 +193,15 @@ def test_more_host_memory_is_advised_where_it_would_help():
     with pytest.raises(remat.BudgetError, match=r"more host memory than 8\.0 KiB") as caught:
         remat.plan(model, batch, 1000, loss=square_mean, optimizer=None, host_budget="8KiB")
     assert caught.value.host_budget_bytes == 8 * KIB
+
+
+def test_command_line_takes_a_host_budget(run_cli, write_workload):
+    """`remat plan --host-budget` plans with it; what is no size is one line and exit code 2."""
+    path = write_workload()
+    done = run_cli("plan", path, "--budget", "100%", "--host-budget", "1MiB", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["host_budget_bytes"] == MIB
+    assert "host memory" in run_cli("plan", path, "-b", "100%", "--host-budget", "1MiB").out
+    refused = run_cli("plan", path, "--budget", "100%", "--host-budget", "50%")
+    assert refused.code == 2
+    assert "host budget '50%' is a percentage" in refused.err

@@ -31,9 +31,17 @@ class BudgetError(RematError, RuntimeError):
     budget_bytes: what was asked for.
     minimum_bytes: the least peak of one training step that a plan was found for.
     blame: bytes at that least peak by kind ("parameters", "gradients", "activations", ...).
+    host_budget_bytes: host memory that could be used; `None` if nothing could be offloaded.
     """
 
-    def __init__(self, budget_bytes: int, minimum_bytes: int, blame: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        minimum_bytes: int,
+        blame: Mapping[str, int],
+        host_budget_bytes: int | None = None,
+    ) -> None:
+        self.host_budget_bytes = host_budget_bytes
         self.budget_bytes = budget_bytes
         self.minimum_bytes = minimum_bytes
         self.blame = dict(blame)
@@ -42,23 +50,28 @@ class BudgetError(RematError, RuntimeError):
         super().__init__(
             f"the budget of {format_bytes(budget_bytes)} is below the least peak that was reached, "
             f"{format_bytes(minimum_bytes)} ({minimum_bytes} bytes). At that peak: {filled}. "
-            f"{_advice(largest[0][0] if largest else 'activations')}"
+            f"{_advice(largest[0][0] if largest else 'activations', host_budget_bytes)}"
         )
 
-    def __reduce__(self) -> tuple[type[BudgetError], tuple[int, int, dict[str, int]]]:
-        return type(self), (self.budget_bytes, self.minimum_bytes, self.blame)
+    def __reduce__(self) -> tuple[type[BudgetError], tuple[int, int, dict[str, int], int | None]]:
+        return type(self), (
+            self.budget_bytes, self.minimum_bytes, self.blame, self.host_budget_bytes,
+        )  # fmt: skip
 
 
-def _advice(largest_kind: str) -> str:
+def _advice(largest_kind: str, host_budget_bytes: int | None) -> str:
     """Say what would help most, given what fills the peak."""
     if largest_kind in ("parameters", "gradients", "optimizer"):
         return (
             "Parameters, gradients and optimizer state fill most of the peak: an optimizer with "
             "less state, frozen layers or a smaller model would help; recomputation cannot."
         )
+    host = "host memory for activations (host_budget), "
+    if host_budget_bytes is not None:
+        host = f"more host memory than {format_bytes(host_budget_bytes)}, "
     return (
-        "A smaller batch or shorter sequences would help most; then a loss in slices, if chunks "
-        "were not allowed, or an optimizer with less state."
+        f"A smaller batch or shorter sequences would help most; then {host}a loss in slices, if "
+        "chunks were not allowed, or an optimizer with less state."
     )
 
 

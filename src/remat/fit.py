@@ -27,7 +27,7 @@ from remat.rewriting.programs import (
     with_sliced_heads,
 )
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike, check_model
-from remat.units import format_bytes, parse_budget
+from remat.units import format_bytes, parse_budget, parse_host_budget
 
 # Any: batches are the user's own types.
 
@@ -39,6 +39,7 @@ def plan(
     batch: Any,
     budget: int | str,
     *,
+    host_budget: int | str | None = None,
     loss: Loss | None = None,
     optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
     device: Device | str | None = None,
@@ -56,6 +57,8 @@ def plan(
     ---------
     budget: total peak of one training step on the device, as bytes, `"8GiB"`, or `"60%"` of the
         keep-everything peak.
+    host_budget: most bytes of host memory, as bytes or `"4GiB"`, that may hold saved tensors and
+        inputs of regions between forward and backward; by default nothing is offloaded.
     loss: `(model, batch) -> scalar tensor`; by default the loss is taken from the model's output.
     optimizer: `(parameters) -> Optimizer`, an optimizer, or `None` to count no optimizer step.
     device: row of the device table, or a `Device`; default by the model's. It prices ops; for a
@@ -79,7 +82,7 @@ def plan(
         parse_budget(budget)  # an unreadable budget is said before the step is traced
     fit = Fit(
         model, batch, loss=loss, optimizer=optimizer, device=device, cost=cost, chunks=chunks,
-        time_limit_s=time_limit_s, progress=progress,
+        time_limit_s=time_limit_s, progress=progress, host_budget=host_budget,
     )  # fmt: skip
     return fit.plan(budget)
 
@@ -174,8 +177,10 @@ class Fit:
         chunks: bool | None = None,
         time_limit_s: float = 8.0,
         progress: Progress | None = None,
+        host_budget: int | str | None = None,
     ) -> None:
         started = time.monotonic()
+        host_budget_bytes = None if host_budget is None else parse_host_budget(host_budget)
         self._report = progress or (lambda _what, _share: None)
         check_model(model)
         if is_applied(model):
@@ -188,6 +193,7 @@ class Fit:
             return Program(
                 self._step, rewrites=rewrites, device=device, cost=cost,
                 time_limit_s=time_limit_s, report=self._report,
+                host_budget_bytes=host_budget_bytes,
             )  # fmt: skip
 
         self._make = make
@@ -282,7 +288,12 @@ class Fit:
             if solved:
                 return min(solved, key=lambda item: _seconds(item[0], item[1]))
         needed, least = _least(p for programs in self._stages() for p in programs)
-        raise BudgetError(budget_bytes, needed, self.plain.accounting.blame(least))
+        raise BudgetError(
+            budget_bytes,
+            needed,
+            self.plain.accounting.blame(least),
+            host_budget_bytes=self.plain.host_budget_bytes,
+        )
 
     # -- the record -------------------------------------------------------------------------------
 
@@ -298,8 +309,9 @@ class Fit:
         forward = self.plain.cost.forward_seconds
         recomputed = sum(program.options[p].seconds for p in solution.chosen)
         fraction = recomputed / forward if forward else 0.0
+        # What waits on the host need not be recomputed: the bound holds with that much more memory.
         accounting = program.accounting
-        allowed = accounting.allowed_bytes(budget_bytes)
+        allowed = accounting.allowed_bytes(budget_bytes) + (program.host_budget_bytes or 0)
         bound = lower_bound_seconds(program.timeline, program.cost, allowed) / forward
         return Plan(
             fingerprint=fingerprint(
@@ -327,6 +339,7 @@ class Fit:
             outside_bytes=accounting.outside_bytes,
             cost_source=program.cost_model.source,
             plan_seconds=seconds,
+            host_budget_bytes=program.host_budget_bytes,
             notes=self._notes(program, solution, budget_bytes),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ from remat.cost.devices import Device, find_device
 from remat.cost.model import CostModel, cost_step
 from remat.cost.workspace import measure_workspace
 from remat.planner.blocks import find_blocks
+from remat.planner.offload import find_offloads
 from remat.planner.options import Option, find_options
 from remat.planner.policies import AbstractPolicy, simple_policies
 from remat.planner.records import Outcome, Region, Rewrite, RewriteKind
@@ -25,7 +27,7 @@ from remat.planner.timeline import Timeline
 from remat.prove.accounting import Accounting, target_of
 from remat.prove.records import Simulation
 from remat.prove.snapshot import memory_snapshot
-from remat.regions.apply import install, remove
+from remat.regions.apply import host_peak_bytes, install, remove
 from remat.regions.fingerprint import device_type_of
 from remat.trace.capture import capture
 from remat.trace.records import OpSignature, StepTrace
@@ -67,6 +69,7 @@ class Program:
         time_limit_s: float,
         report: Report,
         trace: StepTrace | None = None,
+        host_budget_bytes: int | None = None,
     ) -> None:
         self._step, self._report, self.rewrites = step, report, rewrites
         if cost is None:
@@ -76,7 +79,7 @@ class Program:
         self._target = target_of(cost.device, device_type_of(step.model))
         self._report("tracing one training step", 0.0)
         # A trace that is given follows from others; it stands for one of this step.
-        self.trace = trace or self._captured((), drop_saved=True)
+        self.trace = trace or self._captured((), drop_saved=True)[0]
         sliced = {r.module for r in rewrites if r.kind is RewriteKind.SLICED_CALL}
         self._sliced_starts = [c.start for c in self.trace.calls if c.module in sliced]
         self._report("pricing ops", 0.3)
@@ -87,9 +90,7 @@ class Program:
             is_workspace_known=is_workspace_known,
             has_convolutions=any("convolution" in s.name for s in self.trace.signatures),
         )
-        self.cost_model = CostModel(
-            device=cost.device, seconds=cost.seconds, workspace=self.workspace
-        )
+        self.cost_model = dataclasses.replace(cost, workspace=self.workspace)
         self.cost = cost_step(self.trace, self.cost_model)
         facts = Facts(self.trace, self.cost)
         blocks = find_blocks(self.trace)
@@ -103,10 +104,15 @@ class Program:
             if option.parts[0].span not in place:
                 place[option.parts[0].span] = len(options)
                 options.append(option)
+        self.host_budget_bytes = host_budget_bytes
+        if host_budget_bytes is not None:
+            options += find_offloads(facts, tuple(options))
         self.options: tuple[Option, ...] = tuple(options)
         self.hazards = found.hazards
         self.timeline = Timeline(self.trace, self.cost, self.options)
-        self.solver = Solver(self.timeline, time_limit_s=time_limit_s)
+        self.solver = Solver(
+            self.timeline, time_limit_s=time_limit_s, host_budget_bytes=host_budget_bytes
+        )
         self.blocks = tuple(place[span] for c in blocks if (span := Span((c,))) in place)
         self._keep_all = self.timeline.curve(())
         self._known: list[frozenset[int]] = [
@@ -181,12 +187,12 @@ class Program:
         """Run the step under fake tensors with the choice applied."""
         self._report("simulating the plan", 0.8)
         regions = tuple(r for p in sorted(chosen) for r in self.options[p].regions())
-        trace = self._captured(regions, drop_saved=False)
-        return self.accounting.simulation(trace, self._workspace_of(trace.signatures))
+        trace, host_bytes = self._captured(regions, drop_saved=False)
+        return self.accounting.simulation(trace, self._workspace_of(trace.signatures), host_bytes)
 
     def memory_snapshot(self, regions: tuple[Region, ...]) -> dict[str, Any]:
         """Return the step under regions as a PyTorch memory snapshot, by the allocator's model."""
-        trace = self._captured(regions, drop_saved=False)
+        trace, _ = self._captured(regions, drop_saved=False)
         return memory_snapshot(
             trace,
             self.accounting.options,
@@ -194,14 +200,16 @@ class Program:
             library_bytes=self.accounting.library_bytes,
         )
 
-    def _captured(self, regions: tuple[Region, ...], *, drop_saved: bool) -> StepTrace:
+    def _captured(self, regions: tuple[Region, ...], *, drop_saved: bool) -> tuple[StepTrace, int]:
+        """Trace the step under regions; return the host memory that they take as well."""
         step = self._step
         install(step.model, regions, self.rewrites)
         try:
-            return capture(
+            trace = capture(
                 step.model, step.batch, loss=step.loss, optimizer=step.optimizer,
                 drop_saved=drop_saved, target=self._target,
             )  # fmt: skip
+            return trace, host_peak_bytes(step.model)
         finally:
             remove(step.model)
 
@@ -236,8 +244,10 @@ class Program:
             freed = int(self._keep_all.alive[tick] - alone)
             seconds = option.seconds + option.overhead_seconds
             kept = f" but for {len(option.saved_ops)} saved ops" if option.saved_ops else ""
+            how = f"recomputed{kept}" if option.is_recomputed else "offloaded"
+            moved = f"{format_bytes(option.host_bytes)} on the host, " if option.host_bytes else ""
             reason = (
-                f"recomputed{kept}: frees {format_bytes(freed)} at the peak, "
+                f"{how}: frees {format_bytes(freed)} at the peak, {moved}"
                 f"costs {format_seconds(seconds)}"
             )
             outer, *nested = option.regions()

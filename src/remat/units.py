@@ -79,6 +79,26 @@ def parse_budget(budget: int | str, keep_all_peak_bytes: int | None = None) -> i
     return size
 
 
+def parse_host_budget(budget: int | str) -> int:
+    """Return the bytes that a budget of host memory amounts to; it cannot be a percentage.
+
+    Raises
+    ------
+    BudgetFormatError: if it cannot be read; the message quotes what was given.
+    """
+    from remat.errors import BudgetFormatError
+
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        raise BudgetFormatError(
+            f"host budget {budget!r} is a percentage: expected a positive number of bytes, as "
+            '4000000000 or "4GiB".'
+        )
+    try:
+        return parse_budget(budget)
+    except BudgetFormatError as error:
+        raise BudgetFormatError(f"host {error}".replace(', "800MiB" or "60%"', "")) from None
+
+
 def format_bytes(size: float) -> str:
     """Write a number of bytes for people, in binary units.
 

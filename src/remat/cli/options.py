@@ -44,6 +44,10 @@ BUDGET_HELP = (
     "Total peak of one training step: 8GiB, 8GB, 800MiB, bytes, or 60% of the keep-everything peak."
 )
 
+HOST_BUDGET_HELP = (
+    "Let saved tensors wait in at most this much host memory: 4GiB. Off, unless given."
+)
+
 
 def check_budget(budget: str) -> str:
     """Refuse a budget that cannot be read at once, before torch and the model are loaded."""
@@ -51,3 +55,10 @@ def check_budget(budget: str) -> str:
 
     parse_budget(budget, keep_all_peak_bytes=2**40)  # only percentages look at it
     return budget
+
+
+def check_host_budget(budget: str) -> None:
+    """Refuse a budget of host memory that cannot be read, before anything is loaded."""
+    from remat.units import parse_host_budget
+
+    parse_host_budget(budget)

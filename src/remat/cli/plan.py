@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from remat.cli.options import BUDGET_HELP, JsonOption, OptionalWorkloadArgument, check_budget
+from remat.cli.options import (
+    BUDGET_HELP,
+    HOST_BUDGET_HELP,
+    JsonOption,
+    OptionalWorkloadArgument,
+    check_budget,
+    check_host_budget,
+)
 
 if TYPE_CHECKING:
     from remat.planner.records import Plan
@@ -21,6 +28,9 @@ def command(
     workload: OptionalWorkloadArgument = None,
     budget: Annotated[
         str | None, typer.Option("--budget", "-b", show_default=False, help=BUDGET_HELP)
+    ] = None,
+    host_budget: Annotated[
+        str | None, typer.Option("--host-budget", show_default=False, help=HOST_BUDGET_HELP)
     ] = None,
     device: Annotated[
         str | None,
@@ -106,6 +116,8 @@ def command(
         )
     if budget is not None:
         check_budget(budget)
+    if host_budget is not None:
+        check_host_budget(host_budget)
     if output is not None and output.is_dir():
         raise typer.BadParameter(f"--output {str(output)!r} is a directory, expected a file.")
     from remat.cli.inputs import load_inputs
@@ -123,6 +135,7 @@ def command(
                 inputs.batch,
                 device=device,
                 chunks=chunks,
+                host_budget=host_budget,
                 progress=progress.by_share,
                 **inputs.step,
             )

@@ -72,6 +72,11 @@ def verification_view(name: str, proof: Verification) -> RenderableType:
             + ("within the budget" if proof.within_budget else "ABOVE THE BUDGET"),
         ),
     ]
+    if proof.host_budget_bytes is not None:
+        figure = format_bytes(proof.measured_host_bytes)
+        predicted = format_bytes(proof.predicted_host_bytes)
+        allowed = format_bytes(proof.host_budget_bytes)
+        rows.append(("host memory", figure, f"{predicted} predicted, {allowed} allowed"))
     parts: list[RenderableType] = [
         Text.assemble((name, "bold"), " · verification ", verdict),
         Text(),

@@ -49,6 +49,7 @@ class Device:
     compute_capability: of an NVIDIA device, such as "9.0": it decides which kernels run.
     memory_source: where these figures come from, with a date.
     bandwidth_bytes_per_s: peak of that memory.
+    host_bandwidth_bytes_per_s: peak of copies between that memory and the host's, one direction.
     flops: dtype -> peak operations per second, dense; `float32` is required. `tf32` is the rate of
         float32 matrix products where TF32 is allowed.
     op_overhead_s: time to dispatch one op in eager mode.
@@ -69,6 +70,7 @@ class Device:
     op_overhead_s: float = 5e-6
     region_overhead_s: float = 155e-6
     saved_tensor_overhead_s: float = 11e-6
+    host_bandwidth_bytes_per_s: float = 16e9
     source: str = ""
     usable_bytes: int | None = None
     context_bytes: int = 0
@@ -249,7 +251,8 @@ def _check(device: Device, where: str) -> None:
             f"{_MOST_MEMORY} ({format_bytes(_MOST_MEMORY)})."
         )
     _check_shares(device, where)
-    _check_rate(device.bandwidth_bytes_per_s, _MOST_BANDWIDTH, f"{where}: bandwidth_bytes_per_s")
+    for label in ("bandwidth_bytes_per_s", "host_bandwidth_bytes_per_s"):
+        _check_rate(getattr(device, label), _MOST_BANDWIDTH, f"{where}: {label}")
     if not isinstance(device.flops, Mapping) or "float32" not in device.flops:
         raise DeviceError(f"{where}: flops.float32 is missing.")
     for dtype, rate in device.flops.items():

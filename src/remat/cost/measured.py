@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _LONGEST_PER_OP_S = 0.1
 _MOST_REPEATS = 15
+_COPIED_BYTES = 2**24
 
 
 def measure_cost(
@@ -43,7 +44,8 @@ def measure_cost(
     The step is traced, and each op that does more than look at memory is run by itself on made-up
     values of the same shapes: once to warm up, then until a tenth of a second or fifteen repeats;
     the median counts, dispatch included. Ops are taken in the order of what the roofline says they
-    cost, until `time_limit_s`; the rest keep the roofline's price.
+    cost, until `time_limit_s`; the rest keep the roofline's price. Copies to and from host memory
+    are timed too.
     """
     trace = capture(model, batch, loss=loss, optimizer=optimizer)
     row = device if isinstance(device, Device) else find_device(device or trace.device_type)
@@ -52,7 +54,21 @@ def measure_cost(
         seconds = _time_ops(trace, CostModel(device=row), time_limit_s, clock)
     finally:
         restore_random_states(generators)
-    return CostModel(device=row, seconds=seconds)
+    speed = _time_host_copies(torch.device(trace.device_type), clock)
+    return CostModel(device=row, seconds=seconds, host_bytes_per_s=speed)
+
+
+def _time_host_copies(device: torch.device, clock: Callable[[], float]) -> float:
+    """Return the bytes per second of a copy to host memory, the median of a few."""
+    there = torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    here = torch.ones(_COPIED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    times = []
+    for _ in range(_MOST_REPEATS):
+        start = clock()
+        here.copy_(there, non_blocking=True)
+        _wait(device)
+        times.append(clock() - start)
+    return _COPIED_BYTES / max(statistics.median(times), 1e-9)
 
 
 def _time_ops(

@@ -20,11 +20,14 @@ class CostModel:
     by arithmetic and by traffic: max(FLOPs / peak FLOP/s, bytes / bandwidth); the device's
     dispatch overhead is added. `workspace` are bytes that a kernel takes for itself while it runs,
     which fake tensors cannot show; `None` where planning is to find out by itself.
+    `host_bytes_per_s` is the measured speed of copies to and from host memory, instead of the
+    device table's.
     """
 
     device: Device
     seconds: Mapping[OpSignature, float] = field(default_factory=dict)
     workspace: Mapping[OpSignature, int] | None = None
+    host_bytes_per_s: float | None = None
 
     @property
     def source(self) -> str:
@@ -54,7 +57,10 @@ SELECTIVE_OP_OVERHEAD_S = 23e-6
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """Seconds and workspace of each op of one trace, by position, and what regions add."""
+    """Seconds and workspace of each op of one trace, by position, and what regions add.
+
+    `copies_overlap` says whether copies to and from the host run beside the computation.
+    """
 
     op_seconds: tuple[float, ...]
     op_workspace: tuple[int, ...]
@@ -62,6 +68,8 @@ class StepCost:
     step_seconds: float
     region_overhead_s: float
     saved_tensor_overhead_s: float
+    host_bytes_per_s: float
+    copies_overlap: bool
 
 
 def cost_step(trace: StepTrace, model: CostModel) -> StepCost:
@@ -78,4 +86,7 @@ def cost_step(trace: StepTrace, model: CostModel) -> StepCost:
         step_seconds=sum(seconds),
         region_overhead_s=model.device.region_overhead_s,
         saved_tensor_overhead_s=model.device.saved_tensor_overhead_s,
+        host_bytes_per_s=model.host_bytes_per_s or model.device.host_bandwidth_bytes_per_s,
+        # Only CUDA and ROCm copy on a stream of their own here (see `remat.regions.offload`).
+        copies_overlap=model.device.kind in ("cuda", "rocm"),
     )

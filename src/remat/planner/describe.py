@@ -80,6 +80,10 @@ def figures(plan: Plan) -> Iterator[tuple[str, str, str]]:
         count = len(plan.rewrites)
         told = f"{plan.rewrites[0].module}: {plan.rewrites[0].reason}"
         yield "in slices", f"{count} {'module' if count == 1 else 'modules'}", told
+    if plan.host_budget_bytes is not None:
+        allowed = f"of {format_bytes(plan.host_budget_bytes)} allowed"
+        copies = f"{format_seconds(plan.transfer_seconds)} of copies that nothing hides"
+        yield "host memory", format_bytes(plan.host_bytes), f"{allowed}; {copies}"
     source = f" ({plan.cost_source})" if plan.cost_source else ""
     extra = (
         f"{format_seconds(plan.recompute_seconds)} more than" if plan.regions else "no more than"
@@ -105,11 +109,17 @@ def peak_shares(plan: Plan) -> list[tuple[str, int, float]]:
 
 
 def regions_title(plan: Plan) -> str:
-    """Say how many module calls are recomputed, and what they free and cost together."""
+    """Say how many module calls are recomputed, and how many are offloaded instead."""
     if not plan.regions:
         return "Recomputed: nothing; every activation is kept"
-    count = len(plan.regions)
-    return f"Recomputed: {count} {'region' if count == 1 else 'regions'}"
+    again = sum(region.is_recomputed for region in plan.regions)
+    moved = len(plan.regions) - again
+    title = f"Recomputed: {_counted(again, 'region') if again or not moved else 'nothing'}"
+    return f"{title}; offloaded: {_counted(moved, 'call')}" if moved else title
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def group_regions(plan: Plan) -> list[RegionGroup]:
@@ -122,7 +132,10 @@ def group_regions(plan: Plan) -> list[RegionGroup]:
     open_groups: dict[tuple[object, ...], list[list[tuple[int | None, Region]]]] = {}
     for region in plan.regions:
         template, number = _split_number(region.module)
-        kind = (len(region.followers), region.is_nested, region.draws_random_numbers)
+        kind = (
+            len(region.followers), region.is_nested, region.draws_random_numbers,
+            region.is_recomputed, region.offload is None,
+        )  # fmt: skip
         similar = open_groups.setdefault((template, region.call, *kind), [])
         home = next((group for group in similar if _alike(group[0][1], region)), None)
         if home is None or number is None:

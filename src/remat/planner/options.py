@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from remat.cost.model import SELECTIVE_OP_OVERHEAD_S
 from remat.planner.records import Hazard, Region, SavedOp
@@ -52,7 +52,9 @@ class Option:
     `kept` are (first tick, last tick, bytes) of snapshots of buffers and random states. `replays`
     are (tick, bytes): the most that a recomputation holds beside what is alive then.
     `inner_inputs` are (storage, part, first tick, last tick) of copies that nested regions hold as
-    their inputs, made again by the recomputation of that part.
+    their inputs, made again by the recomputation of that part. `away` are the storages that wait in
+    host memory, with the tick from which a copy is back on the device; where an option is not
+    `is_recomputed`, nothing else changes (see `remat.planner.offload`).
     """
 
     call: int
@@ -68,6 +70,9 @@ class Option:
     replays: tuple[tuple[int, int], ...]
     inner_inputs: tuple[tuple[int, int, int, int], ...]
     cached: frozenset[int]
+    is_recomputed: bool = True
+    away: Mapping[int, int] = field(default_factory=dict)
+    host_bytes: int = 0
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -86,8 +91,8 @@ class Option:
 
     @property
     def is_single(self) -> bool:
-        """Whether it is one module call without regions inside."""
-        return len(self.parts) == 1 and len(self.calls) == 1
+        """Whether it is one module call without regions inside, and nothing is offloaded."""
+        return len(self.parts) == 1 and len(self.calls) == 1 and not self.away
 
     def owner(self, part: int, storage: int) -> int:
         """Return which part makes a storage anew, from a part outwards; -1 if none does."""
@@ -101,7 +106,14 @@ class Option:
         return _NO_PART
 
     def returns(self, handle: int, storage: int) -> tuple[int, int]:
-        """Return after which tick a saved tensor is back, and the part that made it anew or -1."""
+        """Return after which tick a saved tensor is back, and the part that made it anew or -1.
+
+        A tick of -1 says that it was never dropped.
+        """
+        if storage in self.away:
+            return self.away[storage] - 1, 0
+        if not self.is_recomputed:
+            return -1, _NO_PART
         part = self.part_of[handle - self.parts[0].first_handle] if self.part_of else 0
         return self.parts[part].back_at, self.owner(part, storage)
 

@@ -153,7 +153,9 @@ class Programme:
         for join, size in row.joins.items():
             coefficients[self._join(join)] = size / MIB
         high = -row.constant / MIB
-        if self._budget is None:
+        if row.limit_bytes is not None:
+            high += row.limit_bytes / MIB
+        elif self._budget is None:
             coefficients[self._peak] = -1.0
         else:
             high += self._budget / MIB

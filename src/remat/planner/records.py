@@ -60,8 +60,28 @@ class SavedOp(Record):
     occurrence: int = Field(ge=0)
 
 
+class Offload(Record):
+    """What one module call keeps in host memory between forward and backward.
+
+    Of a call that is not recomputed: tensors that it saves for backward; of one that is: its
+    inputs.
+    """
+
+    tensors: tuple[int, ...] = Field(
+        description="Which of them, counted from 0 as they are saved, without empty ones: one for "
+        "each piece of memory, in the order in which backward reads them."
+    )
+    host_bytes: int = Field(ge=0, description="Bytes of host memory that they take.")
+    transfer_seconds: float = Field(
+        default=0.0, ge=0, description="Time of the copies that no computation hides."
+    )
+
+
 class Region(Record):
     """One decision: a module call whose activations are dropped and recomputed in backward.
+
+    With `offload` its inputs wait in host memory; where it is not `is_recomputed`, what it saved
+    waits there instead, and nothing runs again.
 
     With `followers` it is a run: consecutive calls, each given what the one before returned, that
     are dropped and recomputed as one.
@@ -95,6 +115,10 @@ class Region(Record):
     saved_ops: tuple[SavedOp, ...] = Field(
         default=(), description="Ops whose results are kept; the rest is recomputed."
     )
+    is_recomputed: bool = Field(
+        default=True, description="Its forward runs again; else what it saved is offloaded."
+    )
+    offload: Offload | None = Field(default=None, description="What it keeps in host memory.")
     freed_bytes: int = Field(default=0, description="Bytes that the region frees at the peak.")
     recompute_seconds: float = Field(default=0.0, description="Cost of recomputing it once.")
     reason: str = ""
@@ -166,7 +190,8 @@ class Plan(Record):
     bytes by kind. `recompute_fraction` is the cost of the recomputed ops over that of the forward
     pass, `recompute_seconds` their estimated time including the eager overhead of the regions.
     `lower_bound_fraction` bounds what any op-level recomputation could reach, `gap` is the
-    difference. Made by `remat.plan`, applied by `remat.apply`.
+    difference. `host_bytes` is what the offloaded regions hold in host memory at the end of the
+    forward, when it is most. Made by `remat.plan`, applied by `remat.apply`.
 
     For CUDA the budget means all that the process takes on the device: `predicted_reserved_bytes`,
     `outside_bytes` and `margin_bytes`; `predicted_peak_bytes` is then what torch calls allocated,
@@ -205,7 +230,25 @@ class Plan(Record):
         default=False,
         description="The model's own calls of torch's checkpoint run plainly while the plan is on.",
     )
+    host_budget_bytes: int | None = Field(
+        default=None, ge=1, description="Most bytes of host memory; none if nothing is offloaded."
+    )
     notes: tuple[str, ...] = ()
+
+    @property
+    def offloads(self) -> tuple[Region, ...]:
+        """The regions that keep something in host memory."""
+        return tuple(region for region in self.regions if region.offload is not None)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the plan takes, predicted."""
+        return sum(r.offload.host_bytes for r in self.regions if r.offload is not None)
+
+    @property
+    def transfer_seconds(self) -> float:
+        """Time of copies to and from the host that no computation hides, part of the overhead."""
+        return sum(r.offload.transfer_seconds for r in self.regions if r.offload is not None)
 
     def __str__(self) -> str:
         from remat.planner.describe import describe_plan
@@ -225,8 +268,10 @@ class Plan(Record):
                 f"{format_bytes(self.predicted_peak_bytes)} is within the budget of "
                 f"{format_bytes(self.budget_bytes)}."
             )
+        count = sum(region.is_recomputed for region in self.regions)
+        moved = f" and {format_bytes(self.host_bytes)} wait on the host" if self.offloads else ""
         return (
-            f"{sliced}{len(self.regions)} regions are recomputed: peak "
+            f"{sliced}{count} regions are recomputed{moved}: peak "
             f"{format_bytes(self.predicted_peak_bytes)} instead of "
             f"{format_bytes(self.keep_all_peak_bytes)}, for {self.recompute_fraction:.1%} of the "
             f"forward pass again ({format_seconds(self.recompute_seconds)} per step)."

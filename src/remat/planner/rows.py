@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from remat.planner.options import Option
 from remat.planner.timeline import Timeline
 from remat.trace.records import BASE_KINDS
 
@@ -32,10 +33,14 @@ class Linear:
 
 @dataclass(slots=True)
 class Row:
-    """Bytes at one tick: constant + sum(bytes * x) + sum(bytes * z), z the joins of expressions."""
+    """Bytes at one tick: constant + sum(bytes * x) + sum(bytes * z), z the joins of expressions.
+
+    They must stay within the budget of the device, or within `limit_bytes` where it is given.
+    """
 
     tick: int
     constant: int
+    limit_bytes: int | None = None
     coefficients: dict[int, int] = field(default_factory=dict)
     joins: dict[frozenset[Linear], int] = field(default_factory=dict)
 
@@ -50,6 +55,19 @@ class Row:
             self.add(position, size)
         for position in expression.minus:
             self.add(position, -size)
+
+
+# Stands for the tick of the row of host memory, which is fullest at the end of the forward.
+HOST_TICK = -1
+
+
+def host_row(options: Iterable[Option], limit_bytes: int) -> Row:
+    """Write the bytes that options keep in host memory, all of it alive at the forward's end."""
+    row = Row(HOST_TICK, 0, limit_bytes)
+    for position, option in enumerate(options):
+        if option.host_bytes:
+            row.add(position, option.host_bytes)
+    return row
 
 
 class RowBuilder:

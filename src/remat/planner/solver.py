@@ -17,7 +17,7 @@ import numpy as np
 
 from remat.planner.programme import MIB, Programme, cliques
 from remat.planner.records import Outcome
-from remat.planner.rows import Row, RowBuilder
+from remat.planner.rows import Row, RowBuilder, host_row
 from remat.planner.timeline import Curve, Timeline
 
 _WINDOWS = 12  # most rows added between two solves, each from its own stretch of the step
@@ -56,6 +56,7 @@ class Solver:
         time_limit_s: float = 10.0,
         most_work: int = MOST_WORK,
         clock: Callable[[], float] = time.monotonic,
+        host_budget_bytes: int | None = None,
     ) -> None:
         self.timeline = timeline
         self.options = timeline.options
@@ -65,6 +66,9 @@ class Solver:
         self._cliques = cliques((o.start, o.end) for o in self.options)
         self._builder = RowBuilder(timeline)
         self._rows: dict[int, Row] = {}
+        self._host_rows: list[Row] = []
+        if host_budget_bytes is not None:
+            self._host_rows.append(host_row(timeline.options, host_budget_bytes))
         self._time_limit_s = time_limit_s
         self.most_work = most_work
         self._clock = clock
@@ -162,7 +166,7 @@ class Solver:
         self, ticks: Iterable[int], budget_bytes: int | None, slack: dict[int, int] | None = None
     ) -> Programme:
         """Write the programme with the rows of these ticks, tighter by `slack` bytes of a tick."""
-        rows = []
+        rows = list(self._host_rows)
         for tick in sorted(ticks):
             row = self.row(tick)
             tighter = (slack or {}).get(tick, 0)

@@ -9,6 +9,7 @@ NOTE [ What a region changes ]
 5. Snapshots of buffers and random state are held as long as its inputs.
 6. A region nested in it holds its own inputs, as copies, from the outer recomputation to its own,
    and what it saved is back after its own.
+7. What waits in host memory is not held; the option says from when on a copy is back.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class Timeline:
             if part >= 0:
                 add_copy((position, part), back_at + 1, handle.end)
             elif back_at < handle.end:
-                original.append((back_at + 1, handle.end))
+                original.append((max(back_at + 1, handle.pack), handle.end))
         for position, part, first, last in self.inner.get(storage, ()):
             if position in picked:
                 add_copy((position, part), first, last)

@@ -63,9 +63,11 @@ class Accounting:
         """Return what cuBLAS takes from the allocator for each of two threads."""
         return self.device.workspace_bytes if self.counts_reserved else 0
 
-    def simulation(self, trace: StepTrace, workspace: Mapping[OpSignature, int]) -> Simulation:
+    def simulation(
+        self, trace: StepTrace, workspace: Mapping[OpSignature, int], host_bytes: int = 0
+    ) -> Simulation:
         """Reduce a trace made without `drop_saved` to its peaks and a sampled memory curve."""
-        found = summarize(trace, workspace)
+        found = summarize(trace, workspace, host_bytes)
         if not self.counts_reserved:
             return found
         peaks = self.peaks(trace, workspace)

@@ -41,6 +41,7 @@ class Verification(Record):
     and the planned step differs from it no more than two unplanned steps do from each other.
     `within_rounding`: the plan runs modules in slices, and only the loss and the gradients that it
     names differ, by no more than `tolerance` allows for sums in another order.
+    `passed` also asks that both peaks keep their budgets; host memory counts what offloading takes.
     """
 
     identical: bool
@@ -56,6 +57,9 @@ class Verification(Record):
     budget_bytes: int
     peak_error: float
     within_budget: bool
+    measured_host_bytes: int = 0
+    predicted_host_bytes: int = 0
+    host_budget_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -71,12 +75,14 @@ class Simulation(Record):
 
     On CUDA `peak_bytes` is what the caching allocator hands out, and `reserved_bytes` what it
     takes from the device for that.
+    `host_bytes` is what offloading would take of host memory, which is none of the peak.
     """
 
     peak_bytes: int
     reserved_bytes: int | None = None
     breakdown: dict[str, int]
     samples: tuple[MemorySample, ...]
+    host_bytes: int = 0
 
 
 class CheckReport(Record):

@@ -12,7 +12,7 @@ from torch import nn
 from remat.cost.workspace import measure_workspace
 from remat.planner.records import Plan
 from remat.prove.records import MemorySample, Simulation
-from remat.regions.apply import apply, is_applied
+from remat.regions.apply import apply, host_peak_bytes, is_applied
 from remat.trace.capture import capture
 from remat.trace.memory import breakdown_at, memory_by_kind, peak_tick
 from remat.trace.records import PHASES, OpSignature, StepTrace
@@ -43,17 +43,21 @@ def simulate(
         trace = capture(
             model, batch, loss=loss, optimizer=optimizer, drop_saved=False, device=device
         )
+        host_bytes = host_peak_bytes(model)
     else:
         with apply(model, plan):
             trace = capture(
                 model, batch, loss=loss, optimizer=optimizer, drop_saved=False, device=device
             )
+            host_bytes = host_peak_bytes(model)
     if workspace is None:
         workspace = measure_workspace(trace.signatures) if trace.device_type == "cpu" else {}
-    return summarize(trace, workspace)
+    return summarize(trace, workspace, host_bytes)
 
 
-def summarize(trace: StepTrace, workspace: Mapping[OpSignature, int]) -> Simulation:
+def summarize(
+    trace: StepTrace, workspace: Mapping[OpSignature, int], host_bytes: int = 0
+) -> Simulation:
     """Reduce a trace made without `drop_saved` to its peak and a sampled memory curve."""
     curves = memory_by_kind(trace, workspace)
     tick = peak_tick(curves)
@@ -67,5 +71,8 @@ def summarize(trace: StepTrace, workspace: Mapping[OpSignature, int]) -> Simulat
         phase = next((p for start, p in reversed(phases) if start <= highest), PHASES[0])
         samples.append(MemorySample(phase=phase, bytes_by_kind=breakdown_at(curves, highest)))
     return Simulation(
-        peak_bytes=sum(breakdown.values()), breakdown=breakdown, samples=tuple(samples)
+        peak_bytes=sum(breakdown.values()),
+        breakdown=breakdown,
+        samples=tuple(samples),
+        host_bytes=host_bytes,
     )

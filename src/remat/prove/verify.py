@@ -17,7 +17,7 @@ from remat.planner.records import Plan, RewriteKind
 from remat.prove.allocator import record_peak, step_tensors
 from remat.prove.measure import check_real, restored
 from remat.prove.records import Difference, Verification
-from remat.regions.apply import Handle, apply, check_plan, is_applied
+from remat.regions.apply import Handle, apply, check_plan, host_peak_bytes, is_applied
 from remat.regions.fingerprint import check_batch_matches, check_model_matches
 from remat.trace.generators import is_generator, state_of
 from remat.trace.standin import random_states, restore_random_states
@@ -104,15 +104,15 @@ def verify(
     within_rounding = bool(differences) and is_within_rounding(reference, differences, plan)
     if differences and not within_rounding:
         noise = noise_between(reference, differences, step)
-    measured = _warm_peak(model, batch, plan, loss, optimizer, device)
+    measured, host_bytes = _warm_peak(model, batch, plan, loss, optimizer, device)
+    within_budget = measured <= plan.budget_bytes and host_bytes <= (plan.host_budget_bytes or 0)
     within_noise = bool(differences) and is_within(differences, noise)
     return Verification(
         identical=not differences,
         within_noise=within_noise,
         within_rounding=within_rounding,
         tolerance=_tolerance(plan),
-        passed=(not differences or within_noise or within_rounding)
-        and measured <= plan.budget_bytes,
+        passed=(not differences or within_noise or within_rounding) and within_budget,
         differences=differences,
         noise=noise,
         num_compared=len(reference.tensors) + len(reference.hook_calls) + len(reference.training),
@@ -120,7 +120,10 @@ def verify(
         predicted_peak_bytes=plan.predicted_peak_bytes,
         budget_bytes=plan.budget_bytes,
         peak_error=plan.predicted_peak_bytes / measured - 1,
-        within_budget=measured <= plan.budget_bytes,
+        within_budget=within_budget,
+        measured_host_bytes=host_bytes,
+        predicted_host_bytes=plan.host_bytes,
+        host_budget_bytes=plan.host_budget_bytes,
         notes=_notes(plan, reference, noise, differences if within_rounding else ()),
     )
 
@@ -299,8 +302,11 @@ def _warm_peak(
     loss: Loss | None,
     optimizer: OptimizerLike,
     device: torch.device,
-) -> int:
-    """Return the peak of a step whose optimizer has its state, with the plan on."""
+) -> tuple[int, int]:
+    """Return the peak of a step whose optimizer has its state, with the plan on.
+
+    And the most host memory that the plan has taken by then.
+    """
     handle: Handle
     with restored(model, batch), apply(model, plan) as handle:
         stepper = make_optimizer(optimizer, handle.model)
@@ -312,7 +318,8 @@ def _warm_peak(
 
         step()
         model.zero_grad(set_to_none=True)
-        return record_peak(step, step_tensors(model, batch, stepper), device).peak_bytes
+        peak = record_peak(step, step_tensors(model, batch, stepper), device).peak_bytes
+        return peak, host_peak_bytes(model)
 
 
 @contextlib.contextmanager

@@ -11,14 +11,17 @@ from typing_extensions import Self
 
 from remat.errors import ApplyError, PlanMismatchError, RematError
 from remat.planner.records import Plan, Region, Rewrite
-from remat.regions.fingerprint import check_model_matches
+from remat.regions.fingerprint import check_model_matches, device_type_of
 from remat.regions.guards import must_run_eagerly
+from remat.regions.pool import HostPool
 from remat.regions.quiet import silence, unsilence
 from remat.regions.rewrites import HeadRuntime, install_rewrite, rewrite_on
 from remat.regions.runs import Follower, Run, follower_forward
-from remat.regions.runtime import RegionRuntime, StepClock, region_forward
+from remat.regions.runtime import Offloads, RegionRuntime, StepClock, region_forward
 from remat.regions.sliced_calls import CallRuntime
 from remat.trace.step import check_model
+
+_State = RegionRuntime | Follower | HeadRuntime | CallRuntime
 
 
 class Handle:
@@ -71,7 +74,7 @@ def apply(model: nn.Module, plan: Plan) -> Handle:
     if plan.replaces_checkpointing and not is_applied(model):
         silence(model)
     try:
-        install(model, plan.regions, plan.rewrites)
+        install(model, plan.regions, plan.rewrites, host_budget_bytes=plan.host_budget_bytes)
     except RematError:
         if not is_applied(model):
             unsilence(model)
@@ -98,8 +101,31 @@ def is_applied(model: nn.Module) -> bool:
     return any(_installed(module) is not None for module in model.modules())
 
 
+def host_pool(model: nn.Module) -> HostPool | None:
+    """Return the host memory of the plan on a model, if it offloads anything."""
+    for module in model.modules():
+        installed = _installed(module)
+        while installed is not None:
+            if isinstance(installed, RegionRuntime) and installed.offloads is not None:
+                return installed.offloads.pool
+            installed = _state_of(installed.replaced)
+    return None
+
+
+def host_peak_bytes(model: nn.Module) -> int:
+    """Return the most bytes of host memory that the plan on a model has taken at any time."""
+    pool = host_pool(model)
+    return 0 if pool is None else pool.peak_bytes
+
+
 def remove(model: nn.Module) -> None:
-    """Take any plan off a model, also off a copy of one that has a handle."""
+    """Take any plan off a model, also off a copy of one that has a handle.
+
+    Host memory of the plan is freed, except for what a backward still to come needs.
+    """
+    pool = host_pool(model)
+    if pool is not None:
+        pool.close()
     for module in model.modules():
         while (installed := _installed(module)) is not None:
             if installed.replaced is None:
@@ -110,7 +136,11 @@ def remove(model: nn.Module) -> None:
 
 
 def install(
-    model: nn.Module, regions: tuple[Region, ...], rewrites: tuple[Rewrite, ...] = ()
+    model: nn.Module,
+    regions: tuple[Region, ...],
+    rewrites: tuple[Rewrite, ...] = (),
+    *,
+    host_budget_bytes: int | None = None,
 ) -> None:
     """Put rewrites onto a model, and regions around them; `remove` takes both off."""
     if is_applied(model):
@@ -131,6 +161,7 @@ def install(
         key = (region.module, region.followers, region.is_nested)
         together.setdefault(key, []).append(region)
     clock = StepClock()
+    pool, device_type = HostPool(host_budget_bytes), device_type_of(model)
     # The inner before the outer: a region wraps what is on its modules already.
     for chosen in reversed(together.values()):
         first = chosen[0]
@@ -145,6 +176,8 @@ def install(
                 _replace(member, follower_forward, Follower(run, member.__dict__.get("forward")))
         homes = tuple(home for b in mutated for home in buffers[b])
         draws_python_random = any(region.draws_python_random for region in chosen)
+        offloaded = {r.call: r.offload for r in chosen if r.offload is not None}
+        kept = frozenset(region.call for region in chosen if not region.is_recomputed)
         runtime = RegionRuntime(
             clock=clock,
             calls=None if len(calls) == first.num_calls else calls,
@@ -163,6 +196,7 @@ def install(
             replaced=module.__dict__.get("forward"),
             run=run,
             is_nested=first.is_nested,
+            offloads=Offloads(pool, device_type, offloaded, kept) if offloaded else None,
         )
         _replace(module, region_forward, runtime)
     if not regions:
@@ -184,6 +218,11 @@ def _check_regions(
         if region.module not in modules:
             raise PlanMismatchError(
                 f"the plan recomputes module {region.module!r}, which the model has not."
+            )
+        if not region.is_recomputed and region.offload is None:
+            raise PlanMismatchError(
+                f"the plan neither recomputes nor offloads module {region.module!r}: make the "
+                "plan again with remat.plan."
             )
         if region.call >= region.num_calls:
             raise PlanMismatchError(
@@ -226,8 +265,11 @@ def _has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-def _installed(module: nn.Module) -> RegionRuntime | Follower | HeadRuntime | CallRuntime | None:
-    forward: Any = module.__dict__.get("forward")  # Any: users put what they like there
+def _installed(module: nn.Module) -> _State | None:
+    return _state_of(module.__dict__.get("forward")) or rewrite_on(module)
+
+
+def _state_of(forward: Any) -> RegionRuntime | Follower | None:  # Any: users put what they like
     if isinstance(forward, functools.partial) and forward.func in (
         region_forward,
         follower_forward,
@@ -235,4 +277,4 @@ def _installed(module: nn.Module) -> RegionRuntime | Follower | HeadRuntime | Ca
         state = forward.args[1]
         assert isinstance(state, (RegionRuntime, Follower))
         return state
-    return rewrite_on(module)
+    return None

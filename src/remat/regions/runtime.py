@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import types
@@ -19,7 +20,10 @@ from torch.utils.checkpoint import (
 )
 
 from remat.errors import ApplyError
+from remat.planner.records import Offload
 from remat.regions.guards import Guarded, refuse_transforms, run_eagerly
+from remat.regions.offload import Transfer
+from remat.regions.pool import HostPool
 from remat.regions.runs import HookTable, Run, with_tensors_first
 from remat.trace.caches import Filled, caches_in, with_empty_caches
 
@@ -44,6 +48,10 @@ class StepClock:
     step: int = 0
     in_backward: bool = False
 
+    def note_backward(self) -> None:
+        """Note that backward reads something."""
+        self.in_backward = True
+
     def note_forward(self) -> int:
         """Return the number of the present step."""
         if self.in_backward:
@@ -53,10 +61,23 @@ class StepClock:
 
 
 @dataclass
+class Offloads:
+    """Which calls of a module keep something in host memory, and where.
+
+    `kept` are the calls that do not run again: what they saved is offloaded, not their inputs.
+    """
+
+    pool: HostPool
+    device_type: str
+    by_call: dict[int, Offload]
+    kept: frozenset[int]
+
+
+@dataclass
 class RegionRuntime:
     """How one module's forward is run under a plan.
 
-    `calls` are the calls within a step that are recomputed, of `num_calls` in all; `None` is all
+    `calls` are the calls within a step that the plan is about, of `num_calls` in all; `None` is all
     of them. `is_eager` keeps it out of what torch.compile compiles. `buffers` are (module, name)
     pairs that the forward updates. `replaced` is a forward that the instance already had, which the
     region wraps and `remove` puts back. A region that `is_nested` runs again, as a region, inside
@@ -74,11 +95,12 @@ class RegionRuntime:
     replaced: Callable[..., Any] | None = None
     run: Run | None = None
     is_nested: bool = False
+    offloads: Offloads | None = None
     _step: int = -1
     _count: int = 0
 
     def selected_call(self) -> int | None:
-        """Return which call within the step begins now; `None` if it is not recomputed."""
+        """Return which call within the step begins now; `None` if the plan leaves it alone."""
         if self.calls is None and self.num_calls == 1:
             return 0
         step = self.clock.note_forward()
@@ -87,6 +109,13 @@ class RegionRuntime:
         index = self._count % self.num_calls
         self._count += 1
         return index if self.calls is None or index in self.calls else None
+
+    def transfer(self, call: int) -> Transfer | None:
+        """Return what moves the tensors of a call that keeps some in host memory."""
+        if self.offloads is None or call not in self.offloads.by_call:
+            return None
+        offload, pool = self.offloads.by_call[call], self.offloads.pool
+        return Transfer(offload, pool, self.offloads.device_type, self.clock.note_backward)
 
 
 def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwargs: Any) -> Any:
@@ -102,6 +131,13 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
     call = runtime.selected_call()
     if call is None:
         return forward(*args, **kwargs)
+    transfer = runtime.transfer(call)
+    if transfer is not None:
+        if torch.compiler.is_compiling():  # what it saves is the compiler's choice
+            transfer = None
+        elif runtime.offloads is not None and call in runtime.offloads.kept:
+            with transfer():
+                return forward(*args, **kwargs)
     saved_ops = runtime.saved_ops.get(call, frozenset())
     if run is not None:
         forward = functools.partial(run.forward, forward)
@@ -116,17 +152,19 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
             options["context_fn"] = functools.partial(_contexts, runtime, hooks, saved_ops)
         members = (module,) if run is None else run.members
         forward = Guarded(members, forward, draws_python_random=runtime.draws_python_random)
-    if run is not None or runtime.is_nested:
+    if run is not None or runtime.is_nested or transfer is not None:
         forward, args = with_tensors_first(forward, args, kwargs)
         kwargs = {}
-    output = checkpoint(
-        forward,
-        *args,
-        use_reentrant=False,
-        preserve_rng_state=runtime.preserve_rng_state,
-        **options,
-        **kwargs,
-    )
+    # Checkpointing saves its inputs as any op does: outside its own hooks, inside these.
+    with transfer() if transfer is not None else contextlib.nullcontext():
+        output = checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=runtime.preserve_rng_state,
+            **options,
+            **kwargs,
+        )
     if run is not None:
         run.silence()
     return output

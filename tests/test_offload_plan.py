@@ -27,7 +27,7 @@ def test_cheapest_equals_the_best_of_all_plans_under_both_budgets():
     """At every pair of budgets the solver's cost is the least among all plans, by brute force."""
     model = nn.Sequential(
         Residual(24, 32, norm=True, dropout=0.0),
-        nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8),
+        nn.Tanh(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8),
     )  # fmt: skip
     batch = torch.randn(128, 24)
     options = offloading(model, batch).options

@@ -222,3 +222,31 @@ def test_auto_checkpoint_plans_and_applies_in_one_line(batch):
     assert remat.measure(whole, big, steps=1).peak_bytes <= handle.plan.budget_bytes
     handle.remove()
     assert not is_applied(whole)
+
+
+def test_a_graph_that_is_kept_differentiates_twice_from_the_same_buffers():
+    """Spectral norm steps its vectors in forward: each backward recomputes from where it began."""
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+            self.down = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return x + torch.tanh(self.down(torch.relu(self.up(x))))
+
+    def twice(model):
+        loss, found = square_mean(model, batch), []
+        for _ in range(2):
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            found += [p.grad.clone() for p in model.parameters()]
+        return found
+
+    model, batch = nn.Sequential(Normed(), Normed()), torch.randn(64, 16)
+    plan = plan_policy(model, batch, AllBlocks(), loss=square_mean, optimizer=None)
+    planned = copy.deepcopy(model)
+    with remat.apply(planned, plan):
+        found = twice(planned)
+    assert all(map(torch.equal, found, twice(model)))

@@ -394,9 +394,9 @@ class OptionBuilder:
         left: list[int] = []
         for part in parts:
             most, remains = self._replay_bytes(part, parts, saved)
-            # While it runs again, the present random state is kept aside, and the regions inside
-            # that begin take their snapshots a second time.
-            most += RNG_STATE_BYTES * part.region.draws_random_numbers
+            # While it runs again, the present random state is kept aside, buffers are copies, and
+            # the regions inside that begin take their snapshots a second time.
+            most += self._snapshot_bytes(part)
             most += sum(self._snapshot_bytes(p) for p in parts if _begins_in(part, p, parts))
             # What the recomputations around it, at the same moment, have made is not alive before.
             around = part.parent

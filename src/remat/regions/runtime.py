@@ -282,8 +282,8 @@ class _FirstRun:
 class _Recomputation:
     """Around the recomputation: start from the same buffers, and let nothing happen twice.
 
-    Buffers are swapped for their values from before the forward, which the recomputation may
-    update, and then swapped back. User hooks that returned nothing have had their one call.
+    Buffers are swapped for copies of their values from before the forward, which the recomputation
+    may update, and then swapped back: a second backward starts from the same values. User hooks that returned nothing have had their one call.
     """
 
     def __init__(self, runtime: RegionRuntime, first: _FirstRun) -> None:
@@ -297,7 +297,7 @@ class _Recomputation:
         self._runtime.clock.in_backward = True
         for (module, name), value in zip(self._runtime.buffers, self._first.buffers, strict=True):
             self._live.append(module._buffers[name])
-            module._buffers[name] = value
+            module._buffers[name] = value.clone()
         for table in self._first.hook_tables:
             for key, hook in list(table.items()):
                 if (id(table), key) in self._first.observers:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from remat.cli.options import JsonOption, OptionalWorkloadArgument
+from remat.cli.options import BatchOption, HfConfigOption, JsonOption, OptionalWorkloadArgument
 
 if TYPE_CHECKING:
     from remat.cost.devices import Device
@@ -43,23 +43,8 @@ def command(
             help="Prices of your own, over those that come with remat.",
         ),
     ] = None,
-    hf_config: Annotated[
-        str | None,
-        typer.Option(
-            "--hf-config",
-            metavar="FILE",
-            show_default=False,
-            help="Size the Transformers architecture of this config.json, without weights.",
-        ),
-    ] = None,
-    batch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHAPE",
-            show_default=False,
-            help="With --hf-config: 4x1024 (sequences x tokens) or 8x3x224x224 (images).",
-        ),
-    ] = None,
+    hf_config: HfConfigOption = None,
+    batch: BatchOption = None,
     sequence: Annotated[
         bool,
         typer.Option(

@@ -40,6 +40,23 @@ JsonOption = Annotated[
         "--json", help="Print one JSON document on stdout, and everything else on stderr."
     ),
 ]
+HfConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hf-config",
+        metavar="FILE",
+        show_default=False,
+        help="Take the Transformers architecture of this config.json, without weights.",
+    ),
+]
+BatchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHAPE",
+        show_default=False,
+        help="With --hf-config: 4x1024 (sequences x tokens) or 8x3x224x224 (images).",
+    ),
+]
 BUDGET_HELP = (
     "Total peak of one training step: 8GiB, 8GB, 800MiB, bytes, or 60% of the keep-everything peak."
 )

@@ -10,6 +10,8 @@ import typer
 from remat.cli.options import (
     BUDGET_HELP,
     HOST_BUDGET_HELP,
+    BatchOption,
+    HfConfigOption,
     JsonOption,
     OptionalWorkloadArgument,
     check_budget,
@@ -67,23 +69,8 @@ def command(
             "in rounding.",
         ),
     ] = None,
-    hf_config: Annotated[
-        str | None,
-        typer.Option(
-            "--hf-config",
-            metavar="FILE",
-            show_default=False,
-            help="Plan the Transformers architecture of this config.json, without weights.",
-        ),
-    ] = None,
-    batch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHAPE",
-            show_default=False,
-            help="With --hf-config: 4x1024 (sequences x tokens) or 8x3x224x224 (images).",
-        ),
-    ] = None,
+    hf_config: HfConfigOption = None,
+    batch: BatchOption = None,
     memory_timeline: Annotated[
         Path | None,
         typer.Option(

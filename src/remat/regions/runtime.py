@@ -283,7 +283,8 @@ class _Recomputation:
     """Around the recomputation: start from the same buffers, and let nothing happen twice.
 
     Buffers are swapped for copies of their values from before the forward, which the recomputation
-    may update, and then swapped back: a second backward starts from the same values. User hooks that returned nothing have had their one call.
+    may update, and then swapped back: a second backward starts from the same values. User hooks
+    that returned nothing have had their one call.
     """
 
     def __init__(self, runtime: RegionRuntime, first: _FirstRun) -> None:

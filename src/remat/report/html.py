@@ -11,10 +11,11 @@ from remat.planner.describe import group_regions
 from remat.report import palette, view
 from remat.report.drawing import require_pictures
 from remat.report.losses import loss_picture
+from remat.report.pages import page_environment
 from remat.report.pareto import pareto_picture
 from remat.report.timeline import timeline_picture
 from remat.runs.records import Run, Variant
-from remat.units import format_bytes, format_seconds
+from remat.units import format_bytes
 
 # Pictures are drawn twice, for wide and for narrow screens: shrinking one would shrink its text.
 _WIDE, _NARROW = 900, 300
@@ -56,19 +57,14 @@ def render_html(run: Run) -> str:
     ------
     MissingPackageError: if the packages that draw are not installed.
     """
-    import jinja2
     from markupsafe import Markup
 
     require_pictures()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("remat.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"zip": zip, "bytes": format_bytes, "seconds": format_seconds}
-    environment.filters["svg"] = Markup  # our own pictures, whose texts vega has escaped
+    environment = page_environment()
+    environment.filters |= {
+        "zip": zip,
+        "svg": Markup,
+    }  # our own pictures, whose texts vega has escaped
     timelines = _timelines(run)
     kinds = {kind for v in run.variants for s in v.timeline for kind in s.bytes_by_kind}
     return environment.get_template("run.html.j2").render(

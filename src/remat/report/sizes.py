@@ -8,8 +8,8 @@ from pathlib import Path
 from remat.files import write_atomically
 from remat.report import palette
 from remat.report.drawing import inline_data, literal, require_pictures, svg_text
+from remat.report.pages import page_environment
 from remat.sizing.records import Mode, Survey
-from remat.units import format_bytes, format_seconds
 
 _WIDTH = 900
 _ROLES = {Mode.NOTHING: "reference", Mode.ALL_BLOCKS: "policy-1", Mode.PLANNED: "plan-1"}
@@ -32,29 +32,24 @@ def render_survey(survey: Survey) -> str:
     ------
     MissingPackageError: if the packages that draw are not installed.
     """
-    import jinja2
     from markupsafe import Markup
 
     require_pictures()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("remat.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bytes": format_bytes, "seconds": format_seconds}
     told = "; ".join(
         f"{row.device}: " + ", ".join(f"{s.mode.value} {s.largest}" for s in row.sizes)
         for row in survey.devices
     )
-    return environment.get_template("sizes.html.j2").render(
-        survey=survey,
-        roles=[(mode.value, role) for mode, role in _ROLES.items()],
-        picture=Markup(sizes_picture(survey)),  # noqa: S704  our own, escaped by vega
-        told=told,
-        light=palette.css_variables(palette.LIGHT),
-        dark=palette.css_variables(palette.DARK),
+    return (
+        page_environment()
+        .get_template("sizes.html.j2")
+        .render(
+            survey=survey,
+            roles=[(mode.value, role) for mode, role in _ROLES.items()],
+            picture=Markup(sizes_picture(survey)),  # noqa: S704  our own, escaped by vega
+            told=told,
+            light=palette.css_variables(palette.LIGHT),
+            dark=palette.css_variables(palette.DARK),
+        )
     )
 
 

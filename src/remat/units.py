@@ -113,6 +113,24 @@ def format_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def format_usd(usd: float) -> str:
+    """Write a sum of money for people.
+
+    >>> format_usd(1234.5), format_usd(0.002), format_usd(0)
+    ('$1,234.50', '< $0.01', '$0.00')
+    """
+    return "< $0.01" if 0 < usd < 0.01 else f"${usd:,.2f}"
+
+
+def format_rate(per_second: float) -> str:
+    """Write a rate for people: whole numbers from 100 on, three digits below.
+
+    >>> format_rate(92659.3), format_rate(3.14159)
+    ('92,659', '3.14')
+    """
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
 def format_seconds(seconds: float) -> str:
     """Write a duration for people.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from remat.units import format_bytes, format_seconds
+from remat.units import format_bytes, format_rate, format_seconds, format_usd
 
 if TYPE_CHECKING:
     import jinja2
@@ -21,5 +21,7 @@ def page_environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": format_bytes, "seconds": format_seconds}
+    environment.filters |= {
+        "bytes": format_bytes, "seconds": format_seconds, "usd": format_usd, "rate": format_rate,
+    }  # fmt: skip
     return environment

@@ -76,7 +76,7 @@ def sizes_picture(survey: Survey) -> str:
     base = alt.Chart(inline_data(rows)).encode(y=y, yOffset=offset, x=x)
     bars = base.mark_bar().encode(color=literal(alt.Color, "colour"))
     texts = base.mark_text(align="left", dx=4, fontSize=10, color="currentColor").encode(
-        text="largest:Q"
+        text=alt.Text("largest:Q", format=",")
     )
     height = max(60, 46 * len(order))
     return svg_text((bars + texts).properties(width=_WIDTH - 160, height=height), "sizes", _WIDTH)

@@ -165,7 +165,8 @@ _LEGEND = (
     "Peaks are those of one whole warm training step (AdamW, foreach=False), in MiB. Recomputed: "
     "estimated cost of the recomputed ops over that of the forward pass, by the roofline of the "
     "device `cpu`. A plan is dearer than a policy if its estimated seconds, with what regions add, "
-    "are more. Verified with dropout on: loss, gradients, buffers, random state, bit for bit."
+    "are more. Verified with dropout on: loss, gradients, buffers, random state, bit for bit. Plan "
+    "times are seconds of the processor, from nothing: trace, search, simulation and bound."
 )
 
 

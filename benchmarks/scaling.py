@@ -2,8 +2,9 @@
 
     python benchmarks/scaling.py [--quick] [--kinds chain --most 400] [--out DIR]
 
-Planning: the processor's seconds of tracing, of listing options, of solving and of simulating, and the planner's
-own memory, for a small Llama of 10 to 200 layers and for the residual chain of 25 to 800 blocks.
+Planning: the processor's seconds of tracing, of listing options, of searching the least peak and
+of solving, and the planner's own memory, for a small Llama of 10 to 200 layers and for the residual
+chain of 25 to 800 blocks.
 Peak: activations at the least plan that is reached for the chain, for the same depths, with the
 fitted exponent: 1 is linear, 0.5 the square root (Chen et al. 2016, arXiv:1604.06174). And one deep
 thin network, the ResNet-1202 of He et al. 2016 (arXiv:1512.03385): 32 pixels, batch 64. Every point

@@ -208,10 +208,12 @@ def test_another_flow_than_when_planned_is_refused():
 
 
 def test_backward_hooks_on_members_are_refused():
-    """A run would call them twice: applying says so, and nothing is on the model."""
+    """A run would call them twice: none is planned, and applying one is refused whole."""
     model, batch = MODELS["dropout"](), torch.randn(256, WIDTH)
     plan = nested_plan(model, batch)
     hook = model[2].register_full_backward_hook(lambda *_: None)
+    runs = [r for made, _ in plans_of(model, batch) for r in made.regions if r.followers]
+    assert not any("2" in (run.module, *run.followers) for run in runs)
     with pytest.raises(remat.ApplyError, match="backward hooks"):
         remat.apply(model, plan)
     hook.remove()

@@ -27,7 +27,7 @@ from remat.planner.timeline import Timeline
 from remat.prove.accounting import Accounting, target_of
 from remat.prove.records import Simulation
 from remat.prove.snapshot import memory_snapshot
-from remat.regions.apply import host_peak_bytes, install, remove
+from remat.regions.apply import has_backward_hooks, host_peak_bytes, install, remove
 from remat.regions.fingerprint import device_type_of
 from remat.trace.capture import capture
 from remat.trace.records import OpSignature, StepTrace
@@ -92,13 +92,16 @@ class Program:
         )
         self.cost_model = dataclasses.replace(cost, workspace=self.workspace)
         self.cost = cost_step(self.trace, self.cost_model)
+        self._modules = dict(step.model.named_modules())
         facts = Facts(self.trace, self.cost)
         blocks = find_blocks(self.trace)
         found = find_options(facts, keep=frozenset(blocks))
         options = [option for option in found.options if not self._holds_slices(option)]
         place = {o.parts[0].span: p for p, o in enumerate(options) if not o.saved_ops}
         recursions = [
-            plan for plan in find_recursions(facts) if not any(map(self._holds_slices, plan))
+            plan
+            for plan in find_recursions(facts)
+            if not any(self._holds_slices(option) or self._holds_hooks(option) for option in plan)
         ]
         for option in itertools.chain.from_iterable(recursions):
             if option.parts[0].span not in place:
@@ -135,6 +138,16 @@ class Program:
     def _holds_slices(self, option: Option) -> bool:
         """Whether a call that recomputes its own slices lies inside an option: no region nests."""
         return any(option.start <= start <= option.end for start in self._sliced_starts)
+
+    def _holds_hooks(self, option: Option) -> bool:
+        """Whether a member of a run has backward hooks, which would fire twice."""
+        modules = self._modules
+        return any(
+            has_backward_hooks(modules[name])
+            for region in option.regions()
+            if region.followers
+            for name in (region.module, *region.followers)
+        )
 
     # -- search -----------------------------------------------------------------------------------
 

@@ -235,7 +235,7 @@ def _check_regions(
                     f"the plan recomputes module {name!r} in a run, which the model has not."
                 )
         for name in (region.module, *region.followers) if region.followers else ():
-            if _has_backward_hooks(modules[name]):
+            if has_backward_hooks(modules[name]):
                 raise ApplyError(
                     f"module {name!r} has backward hooks, which a run of modules that is "
                     "recomputed as one would call twice: remove the hooks, or put them on first "
@@ -261,7 +261,8 @@ def _buffer_homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return {name: homes[key] for name, key in names.items()}
 
 
-def _has_backward_hooks(module: nn.Module) -> bool:
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a module has backward hooks, which no run of modules may contain."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 

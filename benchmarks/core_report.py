@@ -336,7 +336,7 @@ def draw_front(model: Data, *, width: int = 560, height: int = 320) -> str:
     )
     label = (
         alt.Chart(alt.InlineData(values=[keep_all]))
-        .mark_text(text="nothing recomputed", align="right", dx=-8, dy=-10, fontSize=11)
+        .mark_text(text="keep all", align="left", dx=-2, dy=-14, fontSize=11)
         .encode(x=x, y=y)
     )
     chart = (

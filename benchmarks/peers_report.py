@@ -30,10 +30,13 @@ NAMES = {
 PUBLISHED_REFERENCE = {
     "1": 149.8, "0.5": 86.6, "0.2": 55.6, "0.1": 41.6, "0.05": 35.6, "0": 149.8,
 }  # fmt: skip
+_SHAPES = ("circle", "square", "triangle-up", "triangle-down", "cross", "diamond")
+_WRONG = "memory budget, wrong gradients"
 _COLOURS = {
     "remat": "#0072b2",
     "rules of thumb": "#1b1b1b",
     "memory budget": "#d55e00",
+    _WRONG: "#e69f00",
     "sac_milp": "#cc79a7",
     "rotor": "#009e73",
 }
@@ -310,10 +313,9 @@ def draw(models: list[Data], *, width: int = 300, height: int = 220) -> str:
             points += [
                 {
                     "model": model["name"],
-                    "peer": NAMES[peer].partition(",")[0],
+                    "peer": _WRONG if _is_wrong(row) else NAMES[peer].partition(",")[0],
                     "peak": (row.get("measured_bytes") or row["predicted_bytes"]) / _MIB,
                     "share": row["fraction"] * 100,
-                    "wrong": bool(row.get("verdict", {}).get("wrong_in_silence")),
                 }
                 for row in rows
                 if row.get("fraction") is not None
@@ -341,14 +343,14 @@ def _panel(
     colour = alt.Color(
         "peer:N", title=None, scale=alt.Scale(domain=names, range=list(_COLOURS.values()))
     )
+    scale = alt.Scale(domain=names, range=list(_SHAPES))
+    shape = alt.Shape("peer:N", title=None, scale=scale)
     base = alt.Chart(alt.InlineData(values=points))
     marks = base.mark_point(filled=True, size=50, opacity=0.85).encode(
-        x=x, y=y, color=colour, shape=alt.Shape("peer:N", title=None, scale=alt.Scale(domain=names))
+        x=x, y=y, color=colour, shape=shape
     )
-    wrong = (
-        alt.Chart(alt.InlineData(values=[p for p in points if p["wrong"]] or [{"wrong": False}]))
-        .mark_text(text="wrong gradients", align="left", dx=7, fontSize=9, color="#d55e00")
-        .encode(x=x, y=y)
-    )
-    layers = [marks, wrong] if any(p["wrong"] for p in points) else [marks]
-    return alt.layer(*layers).properties(title=title, width=width, height=height)
+    return marks.properties(title=title, width=width, height=height)
+
+
+def _is_wrong(row: Data) -> bool:
+    return bool(row.get("verdict", {}).get("wrong_in_silence"))

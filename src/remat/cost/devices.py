@@ -6,19 +6,14 @@ import difflib
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from remat.cost.tables import read_table
 from remat.errors import DeviceError
 from remat.units import format_bytes
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SCHEMA_VERSION: Final = 1
 KINDS: Final = ("cpu", "cuda", "mps", "rocm")
@@ -179,18 +174,7 @@ def _load(path: str | os.PathLike[str] | None) -> _Table:
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Read one file's rows, with the form but not yet the figures checked."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeviceError(f"device table {str(path)!r} cannot be read: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise DeviceError(f"device table {str(path)!r} is damaged: not TOML ({error}).") from error
-    version = data.pop("schema_version", None)
-    if isinstance(version, bool) or version != SCHEMA_VERSION:
-        raise DeviceError(
-            f"device table {str(path)!r} has schema_version {version!r}; "
-            f"this remat reads {SCHEMA_VERSION!r}."
-        )
+    data = read_table(path, "device table", schema_version=SCHEMA_VERSION)
     rows, defaults = data.pop("device", {}), data.pop("default_by_kind", {})
     for key in data:
         raise DeviceError(

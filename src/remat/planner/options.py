@@ -84,16 +84,6 @@ class Option:
         """The ops whose results are kept."""
         return self.parts[0].region.saved_ops
 
-    @property
-    def recompute_at(self) -> int:
-        """The tick of the first recomputation."""
-        return self.parts[0].back_at
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is one module call without regions inside, and nothing is offloaded."""
-        return len(self.parts) == 1 and len(self.calls) == 1 and not self.away
-
     def owner(self, part: int, storage: int) -> int:
         """Return which part makes a storage anew, from a part outwards; -1 if none does."""
         if storage in self.cached:
@@ -191,7 +181,8 @@ class OptionBuilder:
 
         `saved` are the positions of ops whose results are kept; only without nested regions.
         """
-        parts = self._parts(span, _NO_PART, [], saved)
+        parts: list[Part] = []
+        self._add_parts(parts, span, _NO_PART, saved)
         if not parts:
             return None
         root = parts[0]
@@ -206,7 +197,6 @@ class OptionBuilder:
         if saved:
             seconds -= sum(self.cost.op_seconds[position] for position in saved)
             overhead += SELECTIVE_OP_OVERHEAD_S * (root.stop_op - root.first_op)
-        inner = tuple(self._inner_inputs(parts))
         return Option(
             call=span.calls[0],
             module=root.region.module,
@@ -226,7 +216,7 @@ class OptionBuilder:
             ),
             kept=tuple(self._snapshots(parts)),
             replays=tuple(self._replays(parts, saved)),
-            inner_inputs=inner,
+            inner_inputs=tuple(self._inner_inputs(parts)),
             cached=cached,
         )
 
@@ -270,15 +260,13 @@ class OptionBuilder:
 
     # -- parts ------------------------------------------------------------------------------------
 
-    def _parts(
-        self, span: Span, parent: int, before: list[Part], saved: frozenset[int]
-    ) -> list[Part]:
+    def _add_parts(self, parts: list[Part], span: Span, parent: int, saved: frozenset[int]) -> None:
         """Describe a span and those nested in it, the outer before the inner."""
         first_handle, stop_handle = self.facts.handles(span)
         handles = self.trace.handles[first_handle:stop_handle]
         unpacked = [h.unpack for h in handles if h.unpack >= 0]
         if not unpacked:
-            return []
+            return
         first_op, _ = self.facts.ops(span)
         inside = [self.facts.handles(child) for child in span.children]
         direct = (
@@ -289,8 +277,8 @@ class OptionBuilder:
         # A nested region needs its inputs, and nothing of what it makes itself.
         starts = (self.facts.ops(child)[0] for child in span.children)
         first_storage, stop_storage = self.facts.storages(span)
-        position = len(before)
-        parts = [
+        position = len(parts)
+        parts.append(
             Part(
                 span=span, parent=parent, first_op=first_op,
                 stop_op=max((*direct, *starts), default=first_op),
@@ -299,10 +287,9 @@ class OptionBuilder:
                 back_at=min(unpacked), release=max(h.end for h in handles),
                 region=self._region(span, saved, is_nested=parent >= 0),
             )
-        ]  # fmt: skip
+        )  # fmt: skip
         for child in span.children:
-            parts += self._parts(child, position, [*before, *parts], saved)
-        return parts
+            self._add_parts(parts, child, position, saved)
 
     def _region(self, span: Span, saved: frozenset[int], *, is_nested: bool) -> Region:
         first_op, stop_op = self.facts.ops(span)

@@ -1,10 +1,11 @@
 """Timeline: the bytes alive at every tick of a step under any choice of regions.
 
 NOTE [ What a region changes ]
-1. The tensors that it saved are not held from when they were packed until `recompute_at`.
+1. The tensors that it saved are not held from when they were packed until its recomputation.
 2. Its inputs are held from its start until the last of its saved tensors is released; results of
    its saved ops are held from forward until recomputation takes them.
-3. At `recompute_at` it runs again: everything alive then, plus its own working set.
+3. When backward first reads one of them it runs again: everything alive then, plus its own working
+   set.
 4. After that, what it saved is alive as copies, each until its own release.
 5. Snapshots of buffers and random state are held as long as its inputs.
 6. A region nested in it holds its own inputs, as copies, from the outer recomputation to its own,

@@ -93,12 +93,6 @@ class CachingAllocator:
         self._next_address = 1 << 32
         self._most_unsplit = self.options.max_split_size_bytes or 1 << 62
 
-    def reset_peaks(self) -> None:
-        """Forget the peaks so far, as `torch.cuda.reset_peak_memory_stats` does."""
-        self.peak_requested_bytes = self.requested_bytes
-        self.peak_allocated_bytes = self.allocated_bytes
-        self.peak_reserved_bytes = self.reserved_bytes
-
     def allocate(self, num_bytes: int) -> Block:
         """Return a block of at least `num_bytes` (1 or more).
 

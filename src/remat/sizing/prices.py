@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from remat.cost.tables import read_table
 from remat.errors import DeviceError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SCHEMA_VERSION: Final = 1
 _PACKAGE_FILE: Final = Path(__file__).with_name("prices.toml")
@@ -46,18 +41,7 @@ def load_prices(path: str | os.PathLike[str] | None = None) -> dict[str, Price]:
 
 
 def _read(path: Path) -> dict[str, Price]:
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeviceError(f"price table {str(path)!r} cannot be read: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise DeviceError(f"price table {str(path)!r} is damaged: not TOML ({error}).") from error
-    version = data.pop("schema_version", None)
-    if isinstance(version, bool) or version != SCHEMA_VERSION:
-        raise DeviceError(
-            f"price table {str(path)!r} has schema_version {version!r}; "
-            f"this remat reads {SCHEMA_VERSION!r}."
-        )
+    data = read_table(path, "price table", schema_version=SCHEMA_VERSION)
     rows = data.pop("price", {})
     for key in data:
         raise DeviceError(f"{path}: {key} is not a known field: expected schema_version, price.")

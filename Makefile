@@ -13,12 +13,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test fuzz lint bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   train a real model inside a memory budget, and write the page about it"
 	@echo "make test   run every test"
+	@echo "make fuzz   ten thousand cases of each kind of bad input (long)"
 	@echo "make lint   check style and types"
 	@echo "make bench  measure against every peer (long)"
 	@echo "make clean  remove .venv and caches"
@@ -30,6 +31,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 REMAT_FUZZ_CASES=10000 $(BIN)/python -m pytest -n 2 --timeout=7200 tests/test_fuzz.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,13 +44,14 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/checkmate.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/steptime.py
 
 # torch comes first and alone: where a build for this machine is at hand it is taken as it is.
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("remat needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[eval,text]" $(DEV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[eval,export,text,track,integrations,ray]" $(DEV)
 	@touch $@
 
 clean:

@@ -26,7 +26,7 @@ from benchmarks.runner import Data
 from benchmarks.shapes import Case
 from remat.cost.devices import find_device
 from remat.cost.model import CostModel
-from remat.trace.records import Op, OpSignature
+from remat.trace.records import EMPTY_OPS, Op, OpSignature
 
 # Any: graphs and their nodes' values are untyped.
 
@@ -123,10 +123,12 @@ def _price(node: fx.Node) -> tuple[float, int]:
     flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
     tensors = [t for t in tree_leaves((values, out)) if isinstance(t, torch.Tensor)]
     made = [] if _is_view(operator) else [0]
+    is_empty = str(operator) in EMPTY_OPS
+    moved = 0 if is_empty else sum(t.numel() * t.element_size() for t in tensors)
     floating = next((t.dtype for t in tensors if t.is_floating_point()), None)
     op = Op(
         tick=0, name=str(operator), signature=0, call=-1, phase="forward", flops=flops,
-        moved_bytes=sum(t.numel() * t.element_size() for t in tensors), inputs=(),
+        moved_bytes=moved, inputs=(),
         fresh=tuple(made), mutated=(), is_random=False,
         dtype=str(floating).removeprefix("torch.") if floating is not None else "",
     )  # fmt: skip

@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import datetime as dt
+import functools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -51,12 +53,18 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     runner = CoreRunner(work, arguments.threads)
-    for number, model in enumerate(arguments.models):
-        print(f"[{number + 1}/{len(arguments.models)}] {model}", flush=True)
-        runner.run_all(model, points=points, sweep=sweep, jobs=arguments.jobs, timed=arguments.time)
-    if not arguments.quick and not arguments.no_abstract:
-        print(ABSTRACT, flush=True)
-        runner.run("abstract", ABSTRACT)
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        bounded = list(pool.map(lambda m: runner.run("bounds", m, points=points), arguments.models))
+        models = [m for m, done in zip(arguments.models, bounded, strict=True) if done]
+        waiting = [
+            task for model in models for task in runner.tasks(model, points=points, sweep=sweep)
+        ]
+        if not arguments.quick and not arguments.no_abstract:
+            waiting.append(functools.partial(runner.run, "abstract", ABSTRACT))
+        for done in [pool.submit(task) for task in waiting]:
+            done.result()
+    for model in models if arguments.time else ():
+        runner.run("times", model, points=points)
     results = _collect(work, arguments, points, runner.failures)
     date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
     stem = arguments.out / f"core_{hardware()}_{date}"
@@ -91,27 +99,20 @@ def _arguments() -> argparse.Namespace:
 class CoreRunner(Runner):
     """Runs the stages of the core benchmark in their order."""
 
-    def run_all(self, model: str, *, points: int, sweep: int, jobs: int, timed: bool) -> None:
-        """Run every stage of one model, `jobs` processes at once; times alone."""
-        if not self.run("bounds", model, points=points):
-            return
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            rest = [
-                pool.submit(self.run, "verify", model, points=points),
-                pool.submit(self.run, "sweep", model, points=sweep),
-                pool.submit(self.run, "policies", model),
-                pool.submit(self.run, "targets", model),
-                pool.submit(self.run, "measure", model, index=-1),
-                *(pool.submit(self._plan_and_measure, model, i) for i in range(points)),
-            ]
-            for done in rest:
-                done.result()
-        if timed:
-            self.run("times", model, points=points)
+    def tasks(self, model: str, *, points: int, sweep: int) -> list[Callable[[], bool]]:
+        """Return what is run of one model once its bounds are known, the longest first."""
 
-    def _plan_and_measure(self, model: str, index: int) -> None:
-        if self.run("plan", model, index=index):
-            self.run("measure", model, index=index)
+        def run(stage: str, **options: int) -> Callable[[], bool]:
+            return functools.partial(self.run, stage, model, **options)
+
+        return [
+            run("verify", points=points),
+            run("sweep", points=sweep),
+            run("targets"),
+            run("policies"),
+            *(run("plan", index=index) for index in range(points)),
+            run("unplanned"),
+        ]
 
 
 # -- results ----------------------------------------------------------------------------------
@@ -137,15 +138,14 @@ def _model(work: Path, model: str, points: int) -> Data:
     policies = read_if_there(path_of(work, model, "policies")) or {"rows": [], "blocks": []}
     times = read_if_there(path_of(work, model, "times")) or {}
     proofs = (read_if_there(path_of(work, model, "verify")) or {}).get("rows", [])
-    unplanned = read_if_there(path_of(work, model, "measure", -1)) or {}
+    unplanned = read_if_there(path_of(work, model, "unplanned")) or {}
     rows = []
     for index in range(points):
         row = read_if_there(path_of(work, model, "plan", index))
         if row is None:
             continue
         row.pop("plan", None)
-        measured = (read_if_there(path_of(work, model, "measure", index)) or {}).get("peak_bytes")
-        row["measured_bytes"] = measured
+        measured = row["measured_bytes"]
         if measured and row.get("predicted_bytes"):
             row["signed_error"] = row["predicted_bytes"] / measured - 1
         row["best_policy"] = _best_policy(policies["rows"], row["asked_bytes"])

@@ -7,6 +7,7 @@ named `...-plan` decide, the others measure what was decided: every row in a fre
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
 import json
@@ -45,7 +46,7 @@ from benchmarks.rotor import (
 from benchmarks.runner import Data, path_of, read, read_if_there, write
 from benchmarks.shapes import Case
 from benchmarks.zoo import ZOO
-from remat.cost.model import cost_step
+from remat.cost.model import CostModel, cost_step
 from remat.fit import Fit
 from remat.planner.policies import EveryNth, FirstK, KeepAll, LastK, simple_policies
 from remat.units import MIB
@@ -112,8 +113,12 @@ def fixed(model: str, arguments: argparse.Namespace) -> list[Data]:
 
 
 def ours_plan(model: str, arguments: argparse.Namespace) -> list[Data]:
-    """Plan budgets from the least reachable to keeping everything, and at each peer's own peak."""
+    """Plan budgets from the least reachable to keeping everything, and at each peer's own peak.
+
+    There twice: as users plan, and with no price on anything but recomputation, as peers plan.
+    """
     fit = _fit(model)
+    ops_alone = _fit(model, dataclasses.replace(fit.plain.cost_model, counts_bookkeeping=False))
     least = fit.frontier(1)[0].budget_bytes
     budgets = np.linspace(least, fit.keep_all_peak_bytes, arguments.points + 1)[:-1]
     rows = [_asked(fit, int(budget), "budget") for budget in budgets]
@@ -129,7 +134,7 @@ def ours_plan(model: str, arguments: argparse.Namespace) -> list[Data]:
         budget = peak + SAME_PEAK_BYTES
         if budget < fit.keep_all_peak_bytes and (not done or budget > done[-1] * 1.001):
             done.append(budget)
-            rows.append(_asked(fit, budget, "peer's peak"))
+            rows += [_asked(f, budget, "peer's peak") for f in (fit, ops_alone)]
     return [*rows, _asked(fit, fit.keep_all_peak_bytes, "keep everything")]
 
 
@@ -390,10 +395,12 @@ def _contenders(model: str, arguments: argparse.Namespace) -> dict[str, Prepare]
 # -- what they share --------------------------------------------------------------------------
 
 
-def _fit(model: str) -> Fit:
+def _fit(model: str, cost: CostModel | None = None) -> Fit:
     case = _build(model)
     limit_s = 4.0 if model == "chain200" else 8.0
-    return Fit(case.model, case.batch, loss=case.loss, optimizer=adamw, time_limit_s=limit_s)
+    return Fit(
+        case.model, case.batch, loss=case.loss, optimizer=adamw, cost=cost, time_limit_s=limit_s
+    )
 
 
 def _build(model: str) -> Case:

@@ -110,7 +110,8 @@ _LEGEND = (
     "record, in MiB, each in a fresh process. Recomputed: price of what runs twice over that of "
     "the forward pass in eager mode, by the roofline of the device `cpu`; for compiled peers the "
     "nodes that the partitioner put in both graphs, unfused. Ours at that peak: the least that our "
-    "plans recompute at a peak no higher. Asked, for `activation_memory_budget`: the fraction "
+    "plans recompute at a peak no higher, made with and without a price on bookkeeping. "
+    "Asked, for `activation_memory_budget`: the fraction "
     "applied to what its own 1.0 takes above parameters, state and batch. Asked, for `sac_milp`: "
     "its budget and the optimizer's state, which it does not count. Wrong in silence: the loss is "
     "right, and a gradient differs by more than 0.1 % of its largest entry. Dropout is 0.1 where "
@@ -328,7 +329,10 @@ def draw(models: list[Data], *, width: int = 300, height: int = 220) -> str:
             panels.append(_panel(alt, model["name"], mine, names, width, height))
     chart = (
         alt.concat(*panels, columns=2)
-        .properties(background="#ffffff", padding=12)
+        # Room beside the legend, whose width is computed in another font than browsers may have.
+        .properties(
+            background="#ffffff", padding={"left": 12, "top": 12, "right": 40, "bottom": 12}
+        )
         .configure_axis(gridColor="#e8e8e8", domainColor="#888888", labelFontSize=11)
         .configure_view(stroke=None)
     )

@@ -4,11 +4,11 @@
 
 Planning: the processor's seconds of tracing, of listing options, of searching the least peak and
 of solving, and the planner's own memory, for a small Llama of 10 to 200 layers and for the residual
-chain of 25 to 800 blocks.
-Peak: activations at the least plan that is reached for the chain, for the same depths, with the
-fitted exponent: 1 is linear, 0.5 the square root (Chen et al. 2016, arXiv:1604.06174). And one deep
-thin network, the ResNet-1202 of He et al. 2016 (arXiv:1512.03385): 32 pixels, batch 64. Every point
-is a process of its own.
+chain of 25 to 800 blocks, its blocks in a `Sequential` or called in a loop and returning tuples.
+Peak: activations at the least plan, and at the least plan of at most one more forward, for the same
+depths, with the fitted exponent: 1 is linear, 0.5 the square root (Chen et al. 2016,
+arXiv:1604.06174). And one deep thin network, the ResNet-1202 of He et al. 2016 (arXiv:1512.03385):
+32 pixels, batch 64. Every point is a process of its own.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:  # run as a file
@@ -39,12 +40,22 @@ from benchmarks.runner import Data, environment, hardware, last_line, where  # n
 from benchmarks.shapes import Case  # noqa: E402
 from remat.files import write_atomically  # noqa: E402
 
+if TYPE_CHECKING:
+    from remat.program import Program
+
+# Any: what is timed returns what it likes.
+
 _MIB = 2**20
 _POINT_LIMIT_S = 1800
 LLAMA_LAYERS = (10, 25, 50, 100, 200)
 CHAIN_BLOCKS = (25, 50, 100, 200, 400, 800)
-QUICK = {"llama": (2, 4), "chain": (4, 8), "resnet1202": ()}
-FULL = {"llama": LLAMA_LAYERS, "chain": CHAIN_BLOCKS, "resnet1202": (1202,)}
+QUICK = {"llama": (2, 4), "chain": (4, 8), "tuples": (4, 8), "resnet1202": ()}
+FULL = {
+    "chain": CHAIN_BLOCKS,
+    "tuples": CHAIN_BLOCKS[:4],
+    "resnet1202": (1202,),
+    "llama": LLAMA_LAYERS,
+}
 _BUDGET_SHARE = 0.4  # of the way from the least reachable peak to keeping everything
 
 
@@ -68,6 +79,9 @@ def _case(kind: str, depth: int) -> Case:
             vocabulary=2000, batch=4, tokens=256,
         ),
         "chain": functools.partial(shapes.chain, blocks=depth, width=128, rows=2048),
+        "tuples": functools.partial(
+            shapes.chain, blocks=depth, width=128, rows=2048, by_tuples=True
+        ),
         "resnet1202": functools.partial(shapes.thin_resnet, depth=depth, batch=64),
     }  # fmt: skip
     with torch.device("meta"):
@@ -80,8 +94,7 @@ def point(kind: str, depth: int) -> Data:
     """Plan one model and note what each part took."""
     import torch
 
-    import remat
-    from remat.fit import Fit
+    from remat.program import Program, Step
     from remat.trace.capture import capture
 
     optimizer = functools.partial(torch.optim.AdamW, foreach=False)
@@ -91,7 +104,7 @@ def point(kind: str, depth: int) -> Data:
     capture(small.model, small.batch, loss=small.loss, optimizer=optimizer)
     case = _case(kind, depth)
 
-    def timed(name: str, work: Callable[[], object]) -> object:
+    def timed(name: str, work: Callable[[], Any]) -> Any:
         begin = time.process_time()  # planning runs on one thread
         result = work()
         seconds[name] = time.process_time() - begin
@@ -100,43 +113,60 @@ def point(kind: str, depth: int) -> Data:
     trace = timed(
         "trace", lambda: capture(case.model, case.batch, loss=case.loss, optimizer=optimizer)
     )
-    num_ops = len(trace.ops)  # type: ignore[attr-defined]
-    del trace
     make = functools.partial(
-        Fit, case.model, case.batch, loss=case.loss, optimizer=optimizer, time_limit_s=8.0
-    )
-    fit = timed("fit", make)
-    assert isinstance(fit, Fit)
-    # A fit traces anew: what it takes beyond is listing options and building the timeline.
-    seconds["options"] = max(0.0, seconds.pop("fit") - seconds["trace"])
-    least = timed("least", lambda: fit.frontier(1)[0])
-    assert isinstance(least, remat.Plan)
-    gap = fit.keep_all_peak_bytes - least.budget_bytes
-    budget = least.budget_bytes + int(_BUDGET_SHARE * gap)
-    solution = timed("solve", lambda: fit.plain.solve(budget))
-    assert solution is not None
+        Program, Step(case.model, case.batch, case.loss, optimizer), trace=trace, device=None,
+        cost=None, time_limit_s=300.0, report=lambda _what, _share: None,
+    )  # fmt: skip
+    program = timed("options", make)
+    found, simulation = timed("least", program.least_peak)
+    least = program.needed(simulation)
+    cheapest = program.solver.cheapest(least, [found.chosen])
+    assert cheapest is not None
+    budget = least + int(_BUDGET_SHARE * (program.keep_all_peak_bytes - least))
+    solved = timed("solve", lambda: program.solve(budget))
+    assert solved is not None
     beside = sum(
-        least.breakdown[kind] for kind in ("parameters", "buffers", "batch", "optimizer")
+        simulation.breakdown[kind] for kind in ("parameters", "buffers", "batch", "optimizer")
     ) + sum(p.numel() * p.element_size() for p in case.model.parameters())  # fmt: skip
-    found = {
+    row = {
         "kind": kind,
         "depth": depth,
-        "num_ops": num_ops,
-        "num_options": len(fit.plain.options),
+        "num_ops": len(trace.ops),
+        "num_options": len(program.options),
         "seconds": seconds,
         "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
-        "keep_all_bytes": fit.keep_all_peak_bytes,
-        "least_peak_bytes": least.predicted_peak_bytes,
+        "keep_all_bytes": program.keep_all_peak_bytes,
+        "least_peak_bytes": simulation.peak_bytes,
         # As published: the peak above parameters and all their gradients.
-        "least_activation_bytes": least.predicted_peak_bytes - beside,
-        "least_fraction": least.recompute_fraction,
+        "least_activation_bytes": simulation.peak_bytes - beside,
+        "least_fraction": _fraction(program, cheapest.chosen),
+        "once_activation_bytes": _least_at_one_forward(program) - beside,
+        "solved_fraction": _fraction(program, solved[0].chosen),
+        "solved_peak_bytes": solved[1].peak_bytes,
+        "budget_bytes": budget,
     }
+    del program
     tracemalloc.start()
-    make()
-    found["python_bytes"] = tracemalloc.get_traced_memory()[1]
+    program = make()
+    program.solver.least_peak()
+    row["python_bytes"] = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return found
+    return row
+
+
+def _fraction(program: Program, chosen: Iterable[int]) -> float:
+    return sum(program.options[p].seconds for p in chosen) / program.cost.forward_seconds
+
+
+def _least_at_one_forward(program: Program) -> int:
+    """Return the least peak of plans of one whole chain that run the forward at most once again."""
+    peaks = [
+        program.timeline.curve(chosen).peak_bytes
+        for chosen in program.chain_plans
+        if _fraction(program, chosen) <= 1.0
+    ]
+    return min(peaks, default=program.keep_all_peak_bytes)
 
 
 def _point_in_process(kind: str, depth: int) -> Data:
@@ -179,6 +209,7 @@ def exponents(rows: list[Data]) -> list[Data]:
                 row["keep_all_bytes"] - row["least_peak_bytes"] + row["least_activation_bytes"]
                 for row in done
             ],
+            "activations at one more forward": [row["once_activation_bytes"] for row in done],
             "activations at the least plan": [row["least_activation_bytes"] for row in done],
         }
         found += [
@@ -194,7 +225,8 @@ def markdown(results: Data) -> str:
     parts = ("trace", "options", "least", "solve")
     rows = table(
         ("model", "depth", "ops", "options", *(f"{part} s" for part in parts), "Python MiB",
-         "process MiB", "keep all MiB", "least peak MiB", "its activations MiB", "recomputed"),
+         "process MiB", "keep all MiB", "least peak MiB", "its activations MiB", "recomputed",
+         "activations at one more forward MiB", "recomputed at the budget"),
         (
             (row["kind"], row["depth"], row["error"])
             if "error" in row
@@ -207,6 +239,8 @@ def markdown(results: Data) -> str:
                                  "least_peak_bytes", "least_activation_bytes")
                 ),
                 f"{row['least_fraction']:.3f}",
+                f"{row['once_activation_bytes'] / _MIB:.1f}",
+                f"{row['solved_fraction']:.3f}",
             )
             for row in results["rows"]
         ),
@@ -217,8 +251,12 @@ def markdown(results: Data) -> str:
     )
     spoken = (
         "Activations are the peak above parameters, their gradients and the optimizer's state. "
-        "Least: the search for the least reachable peak; solve: the cheapest plan "
-        f"{_BUDGET_SHARE:.0%} of the way from there to keeping everything."
+        "Options: listing them and the timeline; least: the search for the least reachable peak; "
+        "solve: the cheapest plan at the budget "
+        f"{_BUDGET_SHARE:.0%} of the way from there to keeping everything; both with a simulation "
+        "of what was found. Seconds are the processor's, and half as many again were seen under "
+        "other load; bytes depend on none. At one more forward: the least of the plans of one "
+        "whole chain that run the forward at most once again."
     )
     return "\n".join(["# Scaling", "", where(results), "", spoken, "", *rows, "", *fits]) + "\n"
 

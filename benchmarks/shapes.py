@@ -7,7 +7,7 @@ model's own). Transformers' models are built from their configuration classes, w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -259,12 +259,23 @@ def vgg19(*, pixels: int, labels: int, batch: int, dropout: float = 0.0) -> Case
     return Case(VGG19(pixels, labels, dropout), batch_of_images, classification_loss)
 
 
-def chain(*, blocks: int, width: int, rows: int, labels: int = 10, dropout: float = 0.0) -> Case:
-    """Deep thin chain: x + linear(gelu(linear(norm(x)))), then a norm and a linear head."""
+def chain(
+    *,
+    blocks: int,
+    width: int,
+    rows: int,
+    labels: int = 10,
+    dropout: float = 0.0,
+    by_tuples: bool = False,
+) -> Case:
+    """Deep thin chain: x + linear(gelu(linear(norm(x)))), then a norm and a linear head.
+
+    With `by_tuples` a loop calls the blocks, and each returns a tuple.
+    """
+    kind = TupleBlock if by_tuples else MLPBlock
+    body = [kind(width, width, dropout) for _ in range(blocks)]
     model = nn.Sequential(
-        *(MLPBlock(width, width, dropout) for _ in range(blocks)),
-        nn.LayerNorm(width),
-        nn.Linear(width, labels),
+        *([TupleLoop(body)] if by_tuples else body), nn.LayerNorm(width), nn.Linear(width, labels)
     )
     batch = (torch.randn(rows, width), torch.randint(0, labels, (rows,)))
     return Case(model, batch, classification_loss)
@@ -298,6 +309,28 @@ class MLPBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add the MLP of the normalized input."""
         return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class TupleBlock(MLPBlock):
+    """The same, in a tuple."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Return what the block returns, and nothing beside it."""
+        return super().forward(x), None
+
+
+class TupleLoop(nn.Module):
+    """Calls blocks that return tuples, as models of Transformers do."""
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass each block's result on to the next."""
+        for block in self.blocks:
+            x = block(x)[0]
+        return x
 
 
 class SelfAttention(nn.Module):

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +29,6 @@ from remat.cost.devices import find_device
 from remat.fit import Fit
 from remat.planner.policies import AllBlocks, KeepAll, simple_policies
 from remat.units import MIB
-
-# Any: a device, or its name.
 
 DROPOUT = 0.1
 # The search ends by its limit on work; this one is for machines that do something else as well.
@@ -88,12 +85,19 @@ def bounds(model: str, arguments: argparse.Namespace) -> None:
 
 
 def plan(model: str, arguments: argparse.Namespace) -> None:
-    """Plan one of the budgets, from nothing, as a user would."""
+    """Plan one of the budgets, from nothing, as a user would, and measure a real step under it."""
     budget = read(path_of(arguments.work, model, "bounds"))["budgets"][arguments.index]
-    write(
-        path_of(arguments.work, model, "plan", arguments.index),
-        _planned(ZOO[model].build(), budget),
-    )
+    case = ZOO[model].build()
+    fit = functools.partial(
+        remat.plan, case.model, case.batch, loss=case.loss, optimizer=adamw,
+        time_limit_s=TIME_LIMIT_S,
+    )  # fmt: skip
+    row = _timed(lambda asked: fit(budget=asked), budget)
+    row["measured_bytes"] = None
+    if "plan" in row:
+        remat.apply(case.model, _plan_of(row["plan"]))
+        row["measured_bytes"] = _measure(case, steps=1).peak_bytes
+    write(path_of(arguments.work, model, "plan", arguments.index), row)
 
 
 def policies(model: str, arguments: argparse.Namespace) -> None:
@@ -140,6 +144,9 @@ def sweep(model: str, arguments: argparse.Namespace) -> None:
 
 def targets(model: str, arguments: argparse.Namespace) -> None:
     """Plan the prototype's budgets, with our prices of regions and with the prototype's."""
+    if model not in PROTOTYPE:
+        write(path_of(arguments.work, model, "targets"), {"rows": []})
+        return
     case = ZOO[model].build()
     # The prototype minimized the recomputed ops and 60 us per region, nothing per saved tensor.
     cheap = dataclasses.replace(
@@ -147,10 +154,17 @@ def targets(model: str, arguments: argparse.Namespace) -> None:
     )
     keep_all_mib = read(path_of(arguments.work, model, "bounds"))["keep_all_bytes"] / MIB
     workspace_mib = max(0.0, keep_all_mib - WITHOUT_WORKSPACE_MIB.get(model, keep_all_mib))
+    fits = [
+        Fit(
+            case.model, case.batch, loss=case.loss, optimizer=adamw, device=device,
+            time_limit_s=TIME_LIMIT_S,
+        )
+        for device in (None, cheap)
+    ]  # fmt: skip
     rows = []
-    for asked_mib, (simple, submodules) in PROTOTYPE.get(model, {}).items():
+    for asked_mib, (simple, submodules) in PROTOTYPE[model].items():
         budget = int((asked_mib + workspace_mib) * MIB)
-        ours, theirs = _planned(case, budget), _planned(case, budget, device=cheap)
+        ours, theirs = (_timed(fit.plan, budget) for fit in fits)
         rows.append(
             {
                 "asked_mib": asked_mib,
@@ -169,22 +183,10 @@ def targets(model: str, arguments: argparse.Namespace) -> None:
 # -- the real thing ---------------------------------------------------------------------------
 
 
-def measure(model: str, arguments: argparse.Namespace) -> None:
-    """Measure the peak of one real step under one plan; index -1 measures without a plan."""
-    case = ZOO[model].build()
-    text = None
-    if arguments.index >= 0:
-        text = read(path_of(arguments.work, model, "plan", arguments.index)).get("plan")
-    if arguments.index >= 0 and text is None:
-        write(path_of(arguments.work, model, "measure", arguments.index), {"peak_bytes": None})
-        return
-    if text is not None:
-        remat.apply(case.model, _plan_of(text))
-    measured = _measure(case, steps=1)
-    write(
-        path_of(arguments.work, model, "measure", arguments.index),
-        {"peak_bytes": measured.peak_bytes, "seconds": measured.median_seconds},
-    )
+def unplanned(model: str, arguments: argparse.Namespace) -> None:
+    """Measure the peak of one real step without a plan."""
+    measured = _measure(ZOO[model].build(), steps=1)
+    write(path_of(arguments.work, model, "unplanned"), {"peak_bytes": measured.peak_bytes})
 
 
 def verify(model: str, arguments: argparse.Namespace) -> None:
@@ -268,16 +270,6 @@ def abstract(model: str, arguments: argparse.Namespace) -> None:
 # -- what they share --------------------------------------------------------------------------
 
 
-def _planned(case: Case, budget: int, device: Any = None) -> Data:
-    def make(asked: int) -> remat.Plan:
-        return remat.plan(
-            case.model, case.batch, asked, loss=case.loss, optimizer=adamw, device=device,
-            time_limit_s=TIME_LIMIT_S,
-        )  # fmt: skip
-
-    return _timed(make, budget)
-
-
 def _timed(make: Callable[[int], remat.Plan], budget: int) -> Data:
     """Plan, and count the processor's seconds: planning runs on one thread."""
     started = time.process_time()
@@ -324,7 +316,7 @@ def _plan_of(text: str) -> remat.Plan:
 
 _STAGES: dict[str, Callable[[str, argparse.Namespace], None]] = {
     stage.__name__: stage
-    for stage in (bounds, plan, policies, sweep, targets, measure, verify, times, abstract)
+    for stage in (bounds, plan, policies, sweep, targets, unplanned, verify, times, abstract)
 }
 
 if __name__ == "__main__":

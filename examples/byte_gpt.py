@@ -18,7 +18,7 @@ import remat
 
 # Shapes: B sequences, T bytes, D width, H heads, V byte values.
 LENGTH, WIDTH, HEADS, DEPTH, DROPOUT, VALUES = 128, 128, 4, 6, 0.1, 256
-TRAIN_BYTES, EVAL_BYTES = 160_000, 16_000
+TRAIN_BYTES, EVAL_BYTES = 100_000, 16_000
 
 
 class Block(nn.Module):
@@ -98,6 +98,28 @@ def predict(model, batch):
     return model(text_BT).softmax(dim=-1), next_BT  # (B, T, V) and (B, T): perplexity per byte
 
 
+def features(batch):
+    """What a window of text is like: evaluation looks for kinds where the model is worse."""
+    text_BT, _ = batch
+    return {
+        "capitals": share(text_BT, b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+        "spaces": share(text_BT, b" "),
+        "marks": share(text_BT, b"`*:;()[]{}_='\"<>|"),
+        "digits": share(text_BT, b"0123456789"),
+    }
+
+
+def share(text_BT, values):
+    return torch.isin(text_BT, torch.tensor(list(values))).float().mean(dim=1)
+
+
+def has_grammar(batch):
+    """A window with a rule of Python's grammar in it, such as `pass_stmt ::= "pass"`."""
+    text_BT, _ = batch
+    first, second, third = (text_BT[:, i : LENGTH - 2 + i] for i in range(3))
+    return ((first == ord(":")) & (second == ord(":")) & (third == ord("="))).any(dim=1)
+
+
 def make_optimizer(parameters):
     return torch.optim.AdamW(parameters, lr=1e-3)
 
@@ -114,4 +136,6 @@ workload = remat.Workload(
     optimizer=make_optimizer,
     epochs=1,
     seed=0,
+    slices={"grammar": has_grammar},
+    features=features,
 )

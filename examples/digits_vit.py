@@ -93,6 +93,23 @@ def predict(model, batch):
     return model(images).softmax(dim=-1), labels
 
 
+def features(batch):
+    """What may make a digit hard: evaluation looks for combinations where the model is worse."""
+    images, labels = batch
+    ink = images.mean(dim=(1, 2, 3))
+    return {
+        "digit": labels,
+        "brightness": ink,
+        "stroke width": (images > 0.5).float().mean(dim=(1, 2, 3)) / ink,  # of the ink, how much
+        "upper half": images[:, :, : images.shape[2] // 2].sum(dim=(1, 2, 3))
+        / images.sum(dim=(1, 2, 3)),
+    }
+
+
+def is_faint(batch):
+    return batch[0].mean(dim=(1, 2, 3)) < 0.28
+
+
 def make_optimizer(parameters):
     return torch.optim.AdamW(parameters, lr=1e-3)
 
@@ -109,4 +126,6 @@ workload = remat.Workload(
     optimizer=make_optimizer,
     epochs=2,
     seed=0,
+    slices={"faint": is_faint},
+    features=features,
 )

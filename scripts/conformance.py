@@ -9,8 +9,11 @@ Takes a few minutes on one thread, most of them for compiling.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,12 +24,15 @@ import torch
 
 from tests.conformance import verdicts
 from tests.conformance.cases import CASES, ELSEWHERE, LANGUAGE_CASES
+from tests.conformance.processes import WRAPPINGS
 
+WORKER = ROOT / "tests" / "conformance" / "processes.py"
 PAGE = ROOT / "docs" / "conformance.md"
 COLUMNS = (
     "remat", "remat, compiled", "torch", "torch, reentrant", "Transformers",
     "activation_memory_budget",
 )  # fmt: skip
+PROCESS_COLUMNS = ("remat", "torch", "torch, reentrant")
 
 HEAD = """# Conformance: what goes wrong when activations are recomputed
 
@@ -51,10 +57,18 @@ with torch {torch}; `tests/conformance/` has the models, and tests that the tabl
 
 """
 
-TAIL = """
+BETWEEN = """
 ¹ The change happens outside of the step that is traced, and no tensor's version tells of it: no
 tool can see it. Where it happens inside the step, `remat verify` shows it.
 
+## Rows that need several processes
+
+Two processes with gloo on the CPU, each against the wrapped model without checkpointing; the blocks
+are checkpointed before wrapping by torch, and planned after wrapping by remat.
+
+"""
+
+TAIL = """
 ## Rows that a small model on a CPU cannot show
 
 | row | what | where it belongs |
@@ -76,19 +90,37 @@ def row_of(case, others):
     return f"| {case.row} | {case.title} | {case.thread} | {' | '.join(shown)} |"
 
 
+def rows_of_processes():
+    """Run the cases that need two processes, and give a line for each."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "found.json")
+        command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+        words = [sys.executable, *command, str(WORKER), str(path)]
+        subprocess.run(words, check=True)  # noqa: S603  our own script
+        found = json.loads(path.read_text(encoding="utf-8"))
+    for case in WRAPPINGS:
+        cells = (found[case.name][column] for column in PROCESS_COLUMNS)
+        shown = " | ".join(c.replace(verdicts.WRONG, "**WRONG**") for c in cells)
+        yield f"| {case.row} | {case.title} | {case.thread} | {shown} |"
+
+
+def head_of(columns):
+    """Give the first two lines of a table."""
+    return [f"| row | what | thread | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
+
+
 def main() -> None:
     """Run every case and write the page."""
     others = {case.row: case for case in LANGUAGE_CASES}
-    lines = [
-        f"| row | what | thread | {' | '.join(COLUMNS)} |",
-        "|---" * (len(COLUMNS) + 3) + "|",
-    ]
+    lines = head_of(COLUMNS)
     for case in CASES:
         lines.append(row_of(case, others))
         print(lines[-1], flush=True)
     version = ".".join(torch.__version__.split("+")[0].split("."))
     rest = [f"| {row} | {what} | {where} |" for row, (what, where) in sorted(ELSEWHERE.items())]
-    page = HEAD.format(torch=version) + "\n".join(lines) + "\n" + TAIL + "\n".join(rest) + "\n"
+    shared = [*head_of(PROCESS_COLUMNS), *rows_of_processes()]
+    page = HEAD.format(torch=version) + "\n".join([*lines, BETWEEN]) + "\n".join([*shared, TAIL])
+    page += "\n".join(rest) + "\n"
     PAGE.write_text(page, encoding="utf-8")
 
 

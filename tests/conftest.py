@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
 import sys
 import textwrap
+import uuid
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +69,12 @@ def fresh_random_state(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Give each test a cache of its own: what is known of this machine must not change plans."""
+    monkeypatch.setenv("REMAT_CACHE", str(tmp_path_factory.getbasetemp() / uuid.uuid4().hex))
+
+
+@pytest.fixture(autouse=True)
 def unchanged_torch_state():
     """Prove that the test changed no global state of torch; random state is each test's own."""
     before = torch_state()
@@ -76,6 +84,15 @@ def unchanged_torch_state():
         f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]
     ]
     assert not changed, "the test left torch's global state changed: " + "; ".join(changed)
+
+
+@pytest.fixture
+def heap_of_its_own():
+    """Keep what other tests left alive out of `gc.get_objects()`: it may go at any moment."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def torch_state() -> dict[str, object]:
@@ -189,7 +206,7 @@ TINY_WORKLOAD = """
 
 
 @pytest.fixture
-def write_workload(tmp_path: Path) -> Callable[..., Path]:
+def write_workload(tmp_path: Path, restored_imports: None) -> Callable[..., Path]:
     """Write a workload file into the test's folder; a tiny one that works, unless given."""
 
     def write(text: str = TINY_WORKLOAD, name: str = "mine.py") -> Path:

@@ -55,6 +55,7 @@ class Tower(nn.Module):
 def tightest(model, batch, **step) -> remat.Plan:
     """Return the plan with the least peak by recomputation: no budget below it can be met so."""
     step.setdefault("chunks", False)
+    step.setdefault("time_limit_s", 60.0)  # both searches end by their work, not by the clock
     try:
         return remat.plan(model, batch, 1, **step)
     except remat.BudgetError as error:

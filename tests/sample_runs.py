@@ -47,6 +47,8 @@ def sample_plan(peak_mib: int = 118, num_regions: int = 5) -> Plan:
         recompute_fraction=0.25,
         lower_bound_fraction=0.1,
         gap=0.15,
+        device="cpu",
+        cost_source="roofline of device 'cpu', not calibrated",
         outcome=Outcome.OPTIMAL,
         regions=tuple(
             Region(

@@ -250,3 +250,28 @@ def test_a_graph_that_is_kept_differentiates_twice_from_the_same_buffers():
     with remat.apply(planned, plan):
         found = twice(planned)
     assert all(map(torch.equal, found, twice(model)))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_one_tensor_given_twice_is_one_object_when_run_again(by_name):
+    """Self-attention takes another way where query and key are one tensor: so does its region."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True, dropout=0.1)
+
+        def forward(self, x):
+            rest = {"key": x, "value": x} if by_name else {}
+            return x + self.attention(x, *(() if by_name else (x, x)), **rest)[0]
+
+    model, batch = nn.Sequential(Attends(), Attends()), torch.randn(4, 24, 32)
+    plan = tightest(model, batch, loss=square_mean)
+    assert plan.regions
+    proof = remat.verify(model, batch, plan, loss=square_mean)
+    assert proof.identical, proof
+    region = plan.regions[0].model_copy(
+        update={"module": "0.attention", "saved_ops": (), "followers": ()}
+    )
+    alone = plan.model_copy(update={"regions": (region,)})
+    assert remat.verify(model, batch, alone, loss=square_mean).identical

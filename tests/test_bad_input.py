@@ -462,3 +462,26 @@ def test_every_error_is_a_builtin_one_too():
         assert parents, error
         assert error.__doc__
         assert getattr(remat, error.__name__) is error
+
+
+class DeepSpeedEngine(nn.Module):
+    """Named as the engine that `deepspeed.initialize` returns, which is not installed here."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_wrappers_that_run_replicas_or_partition_are_refused():
+    """DataParallel and DeepSpeed, its engine or its partitioned parameters: said at planning."""
+    model, batch = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(4, 8)
+    with pytest.raises(remat.CaptureError, match=r"DataParallel.*\(\.module\).*Distributed"):
+        remat.plan(nn.DataParallel(model), batch, "80%", loss=square_mean)
+    with pytest.raises(remat.CaptureError, match=r"belongs to DeepSpeed.*fully_shard"):
+        remat.plan(DeepSpeedEngine(model), batch, "80%", loss=square_mean)
+    model[0].weight.ds_id = 0
+    with pytest.raises(remat.CaptureError, match=r"^0 belongs to DeepSpeed"):
+        remat.plan(model, batch, "80%", loss=square_mean)

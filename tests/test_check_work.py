@@ -91,7 +91,7 @@ def test_fix_replaces_the_models_checkpointing(batch):
     assert plan.replaces_checkpointing
     assert plan.predicted_peak_bytes <= before.peak_bytes
     assert abs(plan.keep_all_peak_bytes - before.plain_peak_bytes) < 100  # kernels' workspace
-    assert len(plan.regions) <= 3
+    assert sum(not r.packed_ops or bool(r.dropped_ops) for r in plan.regions) <= 3
     with remat.apply(model, plan):
         planned = remat.simulate(model, batch, **STEP)
         torch.manual_seed(0)
@@ -169,6 +169,9 @@ def test_check_command_tells_fixes_and_exits_with_1(run_cli, write_workload, tmp
     assert "preserve_rng_state" in done.out
     plan = remat.Plan.load(tmp_path / "plan.json")
     assert plan.replaces_checkpointing
+    done = run_cli("verify", path, "--plan", tmp_path / "plan.json")
+    assert done.code == 0, done
+    assert "without its own checkpointing" in done.out
     done = run_cli("check", path, "--json")
     assert done.code == 1
     assert not CheckReport.from_data(json.loads(done.out), source="stdout").is_clean

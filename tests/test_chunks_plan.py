@@ -107,6 +107,22 @@ def test_slices_reach_below_recomputation_and_keep_the_promise(name):
     assert any("Bit identity is given up" in note for note in low.notes)
 
 
+def test_timeline_knows_a_gradient_that_was_saved_in_forward():
+    """The head's weight gradient is made in forward and kept: alive to the end."""
+    case = shapes.llama(
+        layers=1, width=32, inner=64, heads=4, key_value_heads=2, vocabulary=2000, batch=2,
+        tokens=160, dropout=0.0,
+    )  # fmt: skip
+    (program,) = Fit(case.model, case.batch, optimizer=None, chunks=True).rewritten
+    body = next(p for p, o in enumerate(program.options) if o.module == "model" and o.is_recomputed)
+    for chosen in ((), (body,)):
+        peaks = program.timeline.curve(chosen).peak_bytes, program.simulate(chosen).peak_bytes
+        assert abs(peaks[0] - peaks[1]) <= CRUMBS
+    assert program.timeline.curve((body,)).alive[-1] >= 2 * sum(
+        p.numel() * p.element_size() for p in case.model.parameters()
+    )
+
+
 def test_only_what_follows_from_the_sums_is_named():
     """The head and what comes before it are named; frozen parts and other branches are not."""
     case = reader()

@@ -163,7 +163,7 @@ def test_plan_for_another_model_is_bad_input(run_cli, write_workload, tmp_path, 
         (["evaluate"], "Missing argument 'WORKLOAD'"),
         (["report"], "Missing argument 'RUN"),
         (["report", "nowhere"], "there is no run 'nowhere'"),
-        (["report", "a", "b", "-o", "x.html"], "--output names one file"),
+        (["report", "a", "b", "-o", "x.html"], "there is no run 'a'"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -203,6 +203,7 @@ def test_missing_package_says_how_to_install_it(run_cli, tmp_path, monkeypatch):
         ('{"model_type": "gpt2"}', "4 by 8", "batch '4 by 8' is not one for GPT2LMHeadModel"),
         ('{"model_type": "gpt2"}', "0x8", "expected SEQUENCESxTOKENS, such as 4x1024"),
         ('{"model_type": "gpt2"}', "1x2048", "has 2048 tokens, but config"),
+        ('{"model_type": "t5"}', "1x8", "has no 'decoder_start_token_id', which t5 needs"),
         ('{"model_type": "resnet"}', "1x8", "expected IMAGESxCHANNELSxHEIGHTxWIDTH"),
     ],
 )

@@ -14,7 +14,11 @@ from remat.cli.schema import SCHEMAS
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
-COMMANDS = ("", "plan", "verify", "check", "evaluate", "report", "runs", "demo", "schema")
+COMMANDS = (
+    "", "plan", "fit", "calibrate", "verify", "check", "evaluate", "report", "demo", "schema",
+    "compare", "runs", "runs show", "runs tag", "runs note", "runs search", "runs export",
+    "runs gc", "gate", "gate promote", "gate baselines", "sweep",
+)  # fmt: skip
 
 
 def check_snapshot(name: str, text: str) -> None:
@@ -44,7 +48,7 @@ def test_help_is_as_the_snapshot(run_cli, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
     done = run_cli(*command.split(), "--help")
     assert done.code == 0
-    check_snapshot(f"help_{command or 'remat'}.txt", done.out)
+    check_snapshot(f"help_{command.replace(' ', '_') or 'remat'}.txt", done.out)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

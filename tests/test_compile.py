@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 import remat
-from remat.fit import plan_policy
+from remat.fit import Fit, plan_policy
 from remat.planner.policies import AllBlocks
 from remat.prove.allocator import record_peak, step_tensors
 from tests.models import Block, square_mean
@@ -30,9 +33,9 @@ def fresh_compiler():
 class Named(nn.Module):
     """Blocks in a loop."""
 
-    def __init__(self, dropout):
+    def __init__(self, dropout, depth):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(32, dropout=dropout) for _ in range(4))
+        self.blocks = nn.ModuleList(Block(32, dropout=dropout) for _ in range(depth))
 
     def forward(self, x):
         for block in self.blocks:
@@ -40,11 +43,11 @@ class Named(nn.Module):
         return x
 
 
-def made(dropout=0.0):
+def made(dropout=0.0, depth=4):
     torch.manual_seed(0)
-    model, batch = Named(dropout), torch.randn(512, 32)
+    model, batch = Named(dropout, depth), torch.randn(512, 32)
     plan = plan_policy(model, batch, AllBlocks(), loss=square_mean, optimizer=None)
-    assert len(plan.regions) == 4
+    assert len(plan.regions) == depth
     return model, batch, plan
 
 
@@ -110,6 +113,26 @@ def test_dropout_is_that_of_the_compiled_model():
     assert not close(other, outcome(model, batch, model)[0])  # eager: the comparison can fail
 
 
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None,
+    reason="inductor needs a C++ compiler (g++, or $CXX), and there is none",
+)
+def test_inductor_keeps_the_saving_and_the_dropout():
+    """Through inductor, too, whichever comes first: the compiled plain gradients, less memory."""
+    model, batch, plan = made(dropout=0.5, depth=3)
+    compiled = torch.compile(model, backend="inductor")
+    plain, plain_peak = outcome(model, batch, compiled)
+    handle = remat.apply(model, plan)  # after compiling
+    planned, peak = outcome(model, batch, compiled)
+    torch._dynamo.reset()
+    before, same_peak = outcome(model, batch, torch.compile(model, backend="inductor"))
+    handle.remove()
+    for gradients in (planned, before):
+        assert close(gradients, plain)
+    assert same_peak == peak <= plan.predicted_peak_bytes
+    assert peak < 0.7 * plain_peak
+
+
 def test_compiling_each_block_keeps_the_plan():
     """Blocks compiled one by one in place, as torchtitan does, under a plan put on before."""
     model, batch, plan = made()
@@ -120,3 +143,24 @@ def test_compiling_each_block_keeps_the_plan():
         planned, peak = outcome(model, batch, model)
     assert close(planned, plain)
     assert peak < 0.8 * plain_peak
+
+
+def test_sliced_heads_compile_into_one_graph():
+    """A head that a plan slices runs whole where it is compiled, and breaks no graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1000))
+    batch, labels = torch.randn(512, 16), torch.randint(1000, (512,))
+
+    def loss(run, batch):
+        return nn.functional.cross_entropy(run(batch[0]), batch[1])
+
+    fit = Fit(model, (batch, labels), loss=loss, optimizer=None, chunks=True)
+    with pytest.raises(remat.BudgetError) as told:
+        fit.plan(1)
+    least = fit.plan(told.value.minimum_bytes)
+    plan = least.model_copy(update={"regions": ()})
+    assert [rewrite.module for rewrite in plan.rewrites] == ["1"]
+    expected = loss(model, (batch, labels))
+    with remat.apply(model, plan):
+        run = torch.compile(model, backend="eager", fullgraph=True)
+        assert loss(run, (batch, labels)) == expected

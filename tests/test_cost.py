@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,9 @@ import remat
 from remat.cost.devices import find_device
 from remat.cost.model import CostModel
 from remat.cost.workspace import measure_workspace
+from remat.fit import Fit
 from remat.trace.capture import capture
-from tests.models import square_mean
+from tests.models import Block, square_mean
 
 
 def test_roofline_is_the_larger_of_arithmetic_and_traffic():
@@ -49,6 +52,26 @@ def test_measured_cost_prices_the_plan():
     assert "measured" in plan.cost_source
 
 
+def test_plan_without_a_price_on_bookkeeping_runs_the_least_again():
+    """At no budget it recomputes more than the usual plan, and at some less; it says so."""
+    model = nn.Sequential(*(Block(64) for _ in range(4)))
+    batch = torch.randn(256, 64)
+    usual = CostModel(device=find_device("cpu"))
+    fits = [
+        Fit(model, batch, loss=square_mean, cost=cost)
+        for cost in (usual, dataclasses.replace(usual, counts_bookkeeping=False))
+    ]
+    least = max(fit.frontier(1)[0].budget_bytes for fit in fits)
+    fractions = []
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        budget = int(least + share * (fits[0].keep_all_peak_bytes - least))
+        plans = [fit.plan(budget) for fit in fits]
+        assert plans[1].cost_source == f"{plans[0].cost_source}, without bookkeeping"
+        fractions.append([plan.recompute_fraction for plan in plans])
+    assert all(alone <= priced + 1e-9 for priced, alone in fractions)
+    assert any(alone < 0.95 * priced for priced, alone in fractions)
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -83,3 +106,18 @@ def test_workspace_of_many_examples_is_extrapolated():
         workspace.LARGEST_OPERANDS = limit
     assert whole > 0
     assert extrapolated == pytest.approx(whole, rel=0.02)
+
+
+def test_reserve_of_long_recurrent_layers_is_extrapolated(monkeypatch):
+    """What oneDNN's LSTM keeps for a sequence too long to run is that of the whole, to 1 %."""
+    from remat.trace import recurrent
+
+    layer, x = torch.nn.LSTM(64, 64), torch.randn(400, 4, 64)
+    peaks = []
+    for limit in (recurrent.LARGEST_RESERVE, 2**21):
+        monkeypatch.setattr(recurrent, "LARGEST_RESERVE", limit)
+        monkeypatch.setattr(recurrent, "_known", {})
+        peaks.append(remat.simulate(layer, x, loss=lambda m, b: m(b)[0].square().mean()).peak_bytes)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+    measured = remat.measure(layer, x, loss=lambda m, b: m(b)[0].square().mean(), steps=1)
+    assert 0 <= peaks[0] - measured.peak_bytes <= 1024

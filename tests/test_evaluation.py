@@ -68,6 +68,8 @@ def evaluate(workload, out, **changes):
         "front_points": 3,
         "timing_rounds": 2,
         "warmup_rounds": 0,
+        "serving": None,
+        "expenses": None,
         "page": False,
     }
     return remat.evaluate(workload, out=out, **(settings | changes))
@@ -96,7 +98,7 @@ def test_training_is_identical_bit_for_bit_under_every_plan(finished):
     ]  # fmt: skip
     assert len({variant.losses for variant in trained}) == 1
     assert len({variant.weights_sha256 for variant in trained}) == 1
-    assert len({str(variant.quality) for variant in trained}) == 1
+    assert len({str([one.metrics for one in variant.quality]) for variant in trained}) == 1
     assert all(v.losses_identical and v.weights_identical for v in trained[1:])
     assert any(variant.plan.regions for variant in trained[1:])
 
@@ -269,7 +271,8 @@ def test_interrupted_run_keeps_its_finished_variants(tmp_path):
     assert len(found["no plan"].losses) == len(found["all blocks"].losses) == 4
     assert found["plan 85%"].status is VariantStatus.MEASURED
     assert run.summary.startswith("This run was not finished (2 of 5 variants were)")
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"run.json", "metrics.csv"}
+    left = {path.name for path in (tmp_path / "a").iterdir()}
+    assert left == {"run.json", "metrics.csv", "predictions"}
 
 
 def test_interrupt_before_the_first_result_leaves_no_folder(tmp_path):
@@ -304,7 +307,7 @@ def test_killed_run_keeps_its_finished_variants(tmp_path, run_process):
     assert len(found["all blocks"].losses) == 4
     assert found["all blocks"].weights_identical
     assert found["plan 85%"].losses == ()
-    assert {path.name for path in out.iterdir()} == {"run.json", "metrics.csv"}
+    assert {path.name for path in out.iterdir()} == {"run.json", "metrics.csv", "predictions"}
 
 
 def test_variant_out_of_memory_is_recorded_and_the_rest_goes_on(tmp_path):
@@ -361,7 +364,7 @@ def test_workload_that_cannot_be_trained_is_refused_and_leaves_no_folder(
     "changes",
     [
         {"epochs": 0}, {"max_steps": 0}, {"timing_rounds": 0}, {"warmup_rounds": -1},
-        {"front_points": True}, {"seed": -1}, {"seed": 2**63},
+        {"front_points": True}, {"seed": -1}, {"seed": 2**63}, {"seeds": 0},
     ],
 )  # fmt: skip
 def test_counts_out_of_range_are_refused_by_name(tmp_path, changes):
@@ -387,5 +390,6 @@ def test_progress_counts_every_stage_to_its_end(tmp_path):
         "time steps in turn",
         "train: no plan",
         "train: all blocks",
+        "draw evidence",
     ]
     assert all(done == total for done, total in seen.values() if total is not None)

@@ -223,11 +223,61 @@ def test_quality_of_classes_agrees_with_scikit_learn():
     assert found.num_examples == 11
     assert found.epoch == 3
     chosen = scores.argmax(dim=-1)
-    assert found.metrics["accuracy"] == pytest.approx(metrics.accuracy_score(labels, chosen))
-    expected = metrics.log_loss(labels, scores.double() / scores.double().sum(1, keepdim=True))
-    assert found.metrics["nll"] == pytest.approx(expected, rel=1e-5)
+    accuracy = metrics.accuracy_score(labels, chosen)
+    assert found.metrics["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    expected = metrics.log_loss(labels, normalized(scores))
+    assert found.metrics["nll"] == pytest.approx(expected, abs=1e-9)
     assert found.metrics["loss"] == pytest.approx(scores.mean().item(), rel=1e-5)
     assert 0 <= found.metrics["calibration_error"] <= 1
+
+
+def test_quality_of_classes_is_that_of_scikit_learn_to_nine_digits():
+    """Macro averages, top five and area agree on the same predictions, whatever classes occur."""
+    scores = torch.rand(60, 12).softmax(dim=-1)
+    labels = torch.randint(0, 7, (60,))  # some classes are predicted and never occur
+    found = quality([(scores, labels)], lambda model, batch: (model(batch[0]), batch[1])).metrics
+    chosen = scores.argmax(dim=-1)
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        balanced = metrics.balanced_accuracy_score(labels, chosen)
+    expected = {
+        "accuracy": metrics.accuracy_score(labels, chosen),
+        "balanced_accuracy": balanced,
+        "macro_f1": metrics.f1_score(labels, chosen, average="macro"),
+        "top_5_accuracy": metrics.top_k_accuracy_score(labels, scores, k=5, labels=range(12)),
+        "nll": metrics.log_loss(labels, normalized(scores), labels=range(12)),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-9), name
+    scores, labels = torch.rand(50, 2).double().softmax(dim=-1), torch.randint(0, 2, (50,))
+    found = quality([(scores, labels)], lambda model, batch: (model(batch[0]), batch[1])).metrics
+    assert found["auroc"] == pytest.approx(metrics.roc_auc_score(labels, scores[:, 1]), abs=1e-9)
+
+
+def normalized(scores):
+    return scores.double() / scores.double().sum(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_quality_of_segmentation_agrees_with_scikit_learn(channels_last):
+    """Classes lie in the second or the last place; all pixels of all images count alike."""
+    scores, labels = torch.rand(5, 3, 3, 3).softmax(dim=1), torch.randint(0, 2, (5, 3, 3))
+    labels[0, 0, 0] = -100  # does not count
+    given_scores = scores.movedim(1, -1) if channels_last else scores
+    batches = [(given_scores[:3], labels[:3]), (given_scores[3:], labels[3:])]
+    found = quality(batches, lambda model, batch: (model(batch[0]), batch[1])).metrics
+    kept = labels.flatten() >= 0
+    pair = labels.flatten()[kept], scores.argmax(dim=1).flatten()[kept]
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(*pair), abs=1e-9)
+    iou = metrics.jaccard_score(*pair, average="macro")
+    assert found["mean_iou"] == pytest.approx(iou, abs=1e-9)
+    assert found["dice"] == pytest.approx(metrics.f1_score(*pair, average="macro"), abs=1e-9)
+
+
+def test_batches_of_two_kinds_are_refused():
+    """Ten classes cannot follow three."""
+    batches = [(torch.full((2, n), 1 / n), torch.zeros(2, dtype=torch.long)) for n in (3, 10)]
+    with pytest.raises(remat.WorkloadError, match="10 classes after classification with 3"):
+        quality(batches, lambda model, batch: (model(batch[0]), batch[1]))
 
 
 def test_quality_of_sequences_has_perplexity():
@@ -235,8 +285,9 @@ def test_quality_of_sequences_has_perplexity():
     scores = torch.rand(4, 5, 6).softmax(dim=-1)
     labels = torch.randint(0, 6, (4, 5))
     found = quality([(scores, labels)], lambda model, batch: (model(batch[0]), batch[1])).metrics
-    chosen = [scores[i, j, labels[i, j]].item() for i in range(4) for j in range(5)]
-    assert found["perplexity"] == pytest.approx(math.exp(-np.mean(np.log(chosen))), rel=1e-5)
+    flat = normalized(scores).flatten(0, 1)
+    expected = math.exp(metrics.log_loss(labels.flatten(), flat, labels=range(6)))
+    assert found["perplexity"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_class_that_was_ruled_out_gives_a_finite_likelihood():
@@ -247,13 +298,20 @@ def test_class_that_was_ruled_out_gives_a_finite_likelihood():
 
 
 def test_quality_of_values_agrees_with_scikit_learn():
-    """Regression is measured by absolute error, squared error and R²."""
+    """Absolute error, squared error and R² agree to 1e-9, batch by batch or at once."""
     values, targets = torch.rand(9, 2), torch.rand(9, 2)
     found = quality([(values, targets)], lambda model, batch: (model(batch[0]), batch[1])).metrics
-    flat = targets.flatten(), values.flatten()
-    assert found["mae"] == pytest.approx(metrics.mean_absolute_error(*flat), rel=1e-5)
-    assert found["rmse"] == pytest.approx(metrics.root_mean_squared_error(*flat), rel=1e-5)
-    assert found["r2"] == pytest.approx(metrics.r2_score(*flat), rel=1e-4)
+    flat = targets.flatten().double(), values.flatten().double()
+    expected = {
+        "mae": metrics.mean_absolute_error(*flat),
+        "rmse": metrics.root_mean_squared_error(*flat),
+        "r2": metrics.r2_score(*flat),
+    }
+    batches = [(values[:4], targets[:4]), (values[4:], targets[4:])]
+    halves = quality(batches, lambda model, batch: (model(batch[0]), batch[1])).metrics
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-9), name
+        assert halves[name] == pytest.approx(value, abs=1e-9), name
 
 
 def test_quality_without_predict_is_the_loss():

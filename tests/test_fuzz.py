@@ -1,6 +1,6 @@
 """Nothing that can be written into a file or on the command line ends in a traceback.
 
-A few hundred cases by default; REMAT_FUZZ_CASES=10000 runs ten thousand of each.
+A hundred cases of each by default; `make fuzz` (REMAT_FUZZ_CASES=10000) runs ten thousand.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import string
+import textwrap
 
 import hypothesis
 import pytest
@@ -19,10 +20,11 @@ from torch import nn
 
 import remat
 from remat.cli.errors import BAD_INPUT, CHECK_FAILED, INFEASIBLE, PASSED
-from remat.fit import plan_policy
-from remat.planner.policies import AllBlocks
+from remat.planner.records import Rewrite, RewriteKind
 from remat.units import parse_budget
 from remat.workloads import load_workload
+from tests.conftest import TINY_WORKLOAD
+from tests.forced import forced, plan_of, slow_fit
 from tests.models import Block, square_mean
 
 CASES = int(os.environ.get("REMAT_FUZZ_CASES", "100"))
@@ -58,10 +60,18 @@ def places(value, path=()):
 
 @pytest.fixture(scope="module")
 def planned():
-    """A model, its plan as parsed JSON, and every place in that."""
+    """A model, a plan of it with every kind of decision as parsed JSON, and every place in that."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(Block(16, norm=nn.BatchNorm1d(16)) for _ in range(3)))
-    plan = plan_policy(model, torch.randn(8, 16), AllBlocks(), loss=square_mean)
+    model = nn.Sequential(*(Block(64, norm=nn.BatchNorm1d(64)) for _ in range(6)))
+    fit = slow_fit(model, torch.randn(512, 64), host_budget="64MiB")
+    options, regions = fit.plain.options, []
+    for number, chosen in enumerate(forced(fit).values()):  # a kind for each block, in turn
+        inside = [p for p in chosen if options[p].module.split(".")[0] == str(number % 5)]
+        regions += [r for p in inside for r in fit.plain.regions([p])]
+    kinds = ("packed_ops", "dropped_ops", "offload", "mutated_buffers")
+    assert all(any(getattr(region, kind) for region in regions) for kind in kinds)
+    sliced = Rewrite(kind=RewriteKind.SLICED_CALL, module="5", num_slices=2, arguments=(0,))
+    plan = plan_of(fit, ()).model_copy(update={"regions": tuple(regions), "rewrites": (sliced,)})
     data = plan.model_dump(mode="json")
     return model, data, list(places(data))[1:]
 
@@ -127,6 +137,17 @@ def test_numbers_written_as_text_are_refused(planned, tmp_path, place):
         remat.Plan.load(path)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_plan_with_seconds_that_are_no_number_is_shown(planned, tmp_path, number):
+    """A duration that is no number, which a file may hold, is shown as unknown."""
+    model, good, _ = planned
+    changed = copy.deepcopy(good) | {"recompute_seconds": number, "plan_seconds": number}
+    changed["regions"][0]["recompute_seconds"] = number
+    path = tmp_path / "plan.json"
+    check_plan_text(json.dumps(changed), model, path)
+    assert "unknown" in str(remat.Plan.load(path))
+
+
 @fuzz
 @hypothesis.given(
     budget=st.text()
@@ -167,6 +188,9 @@ def test_workload_names_are_refused(restored_imports, tmp_path, monkeypatch, nam
 OPTIONS = (
     "--budget", "-b", "--plan", "--fix", "--output", "-o", "--json", "--device", "--frontier",
     "--hf-config", "--batch", "--out", "--help", "--debug", "--version", "--store", "--", "-",
+    "--host-budget", "--devices", "--shards", "--depth", "--page", "--prices", "--seeds",
+    "--target", "--latency-target", "--resume", "--markdown", "--jobs", "--on", "--baseline",
+    "--rules", "--report",
 )  # fmt: skip
 VALUES = st.sampled_from(
     ["60%", "8GiB", "0", "-1", "1e9", "mine.py", "mine.py:workload", "nowhere.py", "plan.json",
@@ -175,9 +199,17 @@ VALUES = st.sampled_from(
 WORDS = st.sampled_from(OPTIONS) | VALUES
 
 
+# All but the two that measure or train with no argument at all: `calibrate` and `demo`.
+COMMANDS = (
+    "plan", "verify", "check", "report", "runs", "schema", "", "fit", "evaluate", "sweep",
+    "compare", "gate", "gate promote", "gate baselines", "runs show", "runs tag", "runs note",
+    "runs search", "runs export", "runs gc",
+)  # fmt: skip
+
+
 @fuzz
 @hypothesis.given(
-    command=st.sampled_from(["plan", "verify", "check", "report", "runs", "schema", ""]),
+    command=st.sampled_from(COMMANDS),
     words=st.lists(WORDS, max_size=5),
 )
 def test_command_lines_end_with_an_exit_code(run_cli, tmp_path, monkeypatch, command, words):
@@ -186,12 +218,73 @@ def test_command_lines_end_with_an_exit_code(run_cli, tmp_path, monkeypatch, com
     monkeypatch.setenv("REMAT_RUNS", str(tmp_path / "runs"))
     (tmp_path / "mine.py").write_text("workload = 3\n")
     words = [word for word in words if word != "--debug"]
-    done = run_cli(*([command] if command else []), *words)
+    done = run_cli(*command.split(), *words)
     assert done.code in (PASSED, CHECK_FAILED, BAD_INPUT, INFEASIBLE), (words, done)
     assert "Traceback" not in done.err
     assert "fault of remat" not in done.err
     if done.code == BAD_INPUT and "--json" in words[: words.index("--") if "--" in words else None]:
         assert json.loads(done.out)["exit_code"] == BAD_INPUT
+
+
+CALLED = st.sampled_from(
+    ["build", "loss", "lambda *_: None", "lambda *_: 1 / 0", "lambda *_: [{}, 'x']", "print",
+     "lambda *_: torch.ones(3)", "lambda *_: torch.tensor(float('nan'), requires_grad=True)",
+     "lambda m, b: m(b[0])", "lambda: iter(())", "lambda: None", "torch.optim.SGD", "torch.Tensor"]
+)  # fmt: skip
+DATA = st.sampled_from(
+    ["examples", "[]", "[1, 2, 3]", "[None] * 4", "'abc'", "{}", "range(5)", "[(1,)]", "3", "torch",
+     "torch.ones(8, 32)", "[torch.ones(2), torch.ones(3)] * 4", "[('a', {})] * 4"]
+)  # fmt: skip
+WRITTEN = ANY_JSON.map(repr)
+TRAINED = {
+    "name": WRITTEN, "model": CALLED, "train_data": DATA | CALLED, "batch_size": WRITTEN,
+    "loss": CALLED, "optimizer": CALLED, "epochs": WRITTEN, "seed": WRITTEN, "other": WRITTEN,
+}  # fmt: skip
+EVALUATED = {
+    "eval_data": DATA | CALLED, "predict": CALLED, "slices": WRITTEN | st.just("{'a': print}"),
+    "features": CALLED, "population": WRITTEN, "targets": WRITTEN,
+}  # fmt: skip
+
+
+def one_of(fields):
+    """One of the fields with a value for it."""
+    return st.sampled_from(sorted(fields)).flatmap(lambda f: st.tuples(st.just(f), fields[f]))
+
+
+def check_workload(run_cli, write_workload, command, changed):
+    """A workload with anything in one field: done, or one error that is not called our fault."""
+    field, value = changed
+    text = textwrap.dedent(TINY_WORKLOAD) + (
+        "nan, inf = float('nan'), float('inf')\n"
+        "fields = dict(vars(workload))\n"
+        f"fields[{field!r}] = {value}\n"
+        "workload = remat.Workload(**fields)\n"
+    )
+    done = run_cli(command[0], write_workload(text), *command[1:])
+    assert done.code in (PASSED, CHECK_FAILED, BAD_INPUT, INFEASIBLE), (changed, done)
+    assert "Traceback" not in done.err
+    assert "fault of remat" not in done.err
+
+
+@hypothesis.settings(fuzz, max_examples=max(20, CASES // 5))
+@hypothesis.given(
+    changed=one_of(TRAINED), command=st.sampled_from([("plan", "--budget", "60%"), ("check",)])
+)
+def test_workloads_with_a_wrong_field_are_refused(run_cli, write_workload, changed, command):
+    """Anything in any field of a workload that is planned or checked."""
+    check_workload(run_cli, write_workload, command, changed)
+
+
+@pytest.mark.slow
+@hypothesis.settings(fuzz, max_examples=max(6, CASES // 25))
+@hypothesis.given(changed=one_of(EVALUATED))
+def test_workloads_with_a_wrong_field_are_not_evaluated(
+    run_cli, write_workload, tmp_path, monkeypatch, changed
+):
+    """Anything in any field that only an evaluation reads."""
+    monkeypatch.setenv("REMAT_RUNS", str(tmp_path / "runs"))
+    command = ("evaluate", "--max-steps", "1", "--budget", "90%")
+    check_workload(run_cli, write_workload, command, changed)
 
 
 def test_frontier_of_no_points_is_refused():

@@ -35,9 +35,13 @@ FLOORS = (
     {"fit"},
     {"replacing"},
     {"guarding"},
+    {"adapting"},
+    {"integrations"},
     {"sizing"},
     {"runs"},
     {"report"},
+    {"operate"},
+    {"calibrating"},
     {"evaluation"},
     {"cli"},
 )

@@ -39,7 +39,7 @@ def plan_with(model, batch, choose, loss=square_mean):
 
 def saved(option):
     """Choose calls whose saved tensors wait on the host."""
-    return not option.is_recomputed
+    return not option.is_recomputed and not option.dropped_ops
 
 
 def inputs(option):

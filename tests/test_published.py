@@ -14,18 +14,15 @@ from benchmarks.published import CASES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["ViT-L/16, one image, Adam", "BERT-large, batch 1, layers recomputed"]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_published_peak_is_predicted_within_its_tolerance(name):
     """The prediction is within a tenth of what the source says was measured on its card."""
     pytest.importorskip("transformers")
     case = CASES[name]
-    assert case.tolerance == 0.1
     assert case.predict() == pytest.approx(case.published_bytes, rel=case.tolerance)
 
 
 def test_every_published_peak_has_a_source():
-    """Each case says where its figure is from; three are to be within a tenth."""
-    assert all(case.source for case in CASES.values())
-    assert sum(case.tolerance <= 0.1 for case in CASES.values()) >= 3
+    """Each case says where its figure is from, and is to be within a tenth."""
+    assert len(CASES) >= 3
+    assert all(case.source and case.tolerance <= 0.1 for case in CASES.values())

@@ -1,5 +1,10 @@
 """The report: a page that opens anywhere, says what the run says, and reads on any screen."""
 
+import base64
+import hashlib
+import itertools
+import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -12,12 +17,15 @@ from rich.console import Console
 
 import remat
 from remat.report import palette
+from remat.report.document import report_data
 from remat.report.html import render_html, write_report
 from remat.report.labels import Point, place_labels
 from remat.report.markdown import render_markdown
+from remat.report.pages import content_policy, page_script
 from remat.report.terminal import run_view
-from remat.runs.records import RunStatus, VariantKind, VariantStatus
+from remat.runs.records import Run, RunStatus, VariantKind, VariantStatus
 from remat.units import format_bytes
+from sample_evidence import rich_run, rich_variant
 from sample_runs import sample_run, sample_variant
 
 # Attributes through which a page can load or call something.
@@ -25,6 +33,9 @@ LOADING = {
     "src", "srcset", "href", "xlink:href", "action", "formaction", "data", "poster", "background",
     "ping", "manifest", "cite",
 }  # fmt: skip
+
+
+OWN_SCRIPTS = {"", ' type="application/json" id="explain-data"'}
 
 
 class Page(HTMLParser):
@@ -47,13 +58,17 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render_html(sample_run())
+    return render_html(rich_run())
 
 
 def test_page_refers_to_nothing_outside_itself(page):
-    """No attribute loads anything, no style imports anything, and there is no script."""
+    """No attribute loads anything, no style imports anything, and no script but our own runs."""
     parsed = Page(page)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "img"} & set(parsed.tags)
+    assert not {"link", "iframe", "object", "embed", "base", "img"} & set(parsed.tags)
+    scripts = re.findall(r"<script(?: [^>]*)?>(.*?)</script>", page, re.DOTALL)
+    assert scripts[-1] == page_script()
+    assert set(re.findall(r"<script([^>]*)>", page)) <= OWN_SCRIPTS
+    assert "eval(" not in page_script()
     loaded = [found for found in parsed.attributes if found[1] in LOADING]
     assert all(value.startswith("#") for _, _, value in loaded), loaded
     assert not [name for _, name, _ in parsed.attributes if name.startswith("on")]
@@ -75,7 +90,8 @@ def test_ids_of_the_page_are_unique_and_all_references_hit(page):
 def test_every_picture_is_well_formed_and_told_in_words(page):
     """Each SVG parses as XML, and stands in an element that says what it shows."""
     pictures = re.findall(r'role="img" aria-label="([^"]+)">(<svg.*?</svg>)', page, re.DOTALL)
-    assert len(pictures) == page.count("<svg ") >= 6
+    drawn = page.count("<svg ") - page.count('preserveAspectRatio="none" aria-hidden="true"')
+    assert len(pictures) == drawn >= 14
     for told, svg in pictures:
         assert len(told) > 40
         ET.fromstring(svg)
@@ -83,7 +99,7 @@ def test_every_picture_is_well_formed_and_told_in_words(page):
 
 def test_colours_of_the_page_are_defined_for_light_and_dark(page):
     """Every variable that a picture or a style uses has a value in both colour schemes."""
-    used = set(re.findall(r"var\(--([a-z0-9-]+)\)", page)) - {"c"}
+    used = set(re.findall(r"var\(--([a-z0-9-]+)\)", page)) - {"c", "fill", "at", "y", "names"}
     defined = re.findall(r"--([a-z0-9-]+):", page)
     assert used <= {name for name in defined if defined.count(name) >= 2}
 
@@ -121,10 +137,30 @@ def test_variants_keep_their_colour_and_no_two_of_a_kind_share_one():
     assert set(roles.values()) <= set(palette.LIGHT) == set(palette.DARK)
 
 
-def test_page_says_what_the_run_says(page):
+def test_policy_of_the_page_names_the_one_script_by_its_hash(page):
+    """A browser runs the page's own script and nothing else, and the page may load nothing."""
+    policy = next(v for _, name, v in Page(page).attributes if name == "content" and "src" in v)
+    assert policy == content_policy(page_script())
+    found = re.search(r"script-src 'sha256-([^']+)'", policy)
+    assert found is not None
+    digest = hashlib.sha256(page_script().encode()).digest()
+    assert base64.b64decode(found[1]) == digest
+    assert policy.startswith("default-src 'none'")
+    assert "script-src 'none'" in content_policy()
+
+
+def test_headings_of_the_page_descend_one_step_at_a_time(page):
+    """Screen readers walk the headings: one h1, and no level is left out."""
+    levels = [int(tag[1]) for tag in Page(page).tags if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_page_says_what_the_run_says():
     """Summary, budgets, peaks, times, verdicts and reasons are all on the page."""
-    text = " ".join(" ".join(Page(page).text).split())
     run = sample_run()
+    text = " ".join(" ".join(Page(render_html(run)).text).split())
     assert run.summary in text
     for told in (
         "118.0 MiB", "134.0 ms", "+12%", "87.1%", "passed", "infeasible",
@@ -138,10 +174,13 @@ def test_names_are_text_and_never_markup():
     """A workload or a variant called like a tag shows as such and runs nothing."""
     evil = '<script>alert("x")</script>'
     run = sample_run(
-        sample_variant("no plan", VariantKind.REFERENCE), sample_variant(evil), name=evil
+        sample_variant("no plan", VariantKind.REFERENCE),
+        rich_variant(evil, VariantKind.PLANNED),
+        name=evil,
     )
     text = render_html(run)
-    assert "script" not in Page(text).tags
+    assert set(re.findall(r"<script([^>]*)>", text)) == OWN_SCRIPTS
+    assert text.count("<script") == 2
     for told, svg in re.findall(r'role="img" aria-label="([^"]+)">(<svg.*?</svg>)', text, re.S):
         assert told
         ET.fromstring(svg)
@@ -164,6 +203,38 @@ def test_page_can_be_drawn_of_any_run(run):
     text = render_html(run)
     assert run.name in text
     assert "NaN" not in text
+
+
+def broken_evidence(value: float) -> Run:
+    """Put one figure in the place of every figure of the evidence."""
+
+    def spoiled(found: object, name: str = "") -> object:
+        if isinstance(found, float) and name != "level":
+            return value
+        if isinstance(found, dict):
+            return {key: spoiled(one, key) for key, one in found.items()}
+        return [spoiled(one) for one in found] if isinstance(found, (list, tuple)) else found
+
+    run = rich_run().model_dump()
+    for part in ("equivalences", "representation", "serving", "expenses"):
+        run[part] = spoiled(run[part])
+    for variant in run["variants"]:
+        for part in ("repeats", "calibration", "coverage", "slices", "quality"):
+            variant[part] = spoiled(variant[part])
+    return Run.model_validate(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [math.nan, -math.inf, -1e300])
+def test_figures_that_are_none_are_said_in_words_and_break_nothing(value):
+    """A run whose evidence is not a number, endless, or nought has its page and its Markdown."""
+    run = broken_evidence(value)
+    page, text = render_html(run), render_markdown(run)
+    for written in (" ".join(Page(page.split("<script")[0]).text), text):
+        assert re.findall(r".{,30}\b(?:nan|inf)\b", written) == []
+    if math.isnan(value):
+        assert "not a number" in text
+    json.dumps(report_data(run), allow_nan=False)
 
 
 def test_missing_package_is_named_with_its_install_command(tmp_path, monkeypatch):
@@ -248,7 +319,8 @@ def test_markdown_table_is_whole_whatever_the_names():
     """Every row has the columns of the head, also where a name holds a bar."""
     run = sample_run(sample_variant("a|b", VariantKind.REFERENCE), sample_variant())
     text = render_markdown(run)
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(run.variants)
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables[0]) == 2 + len(run.variants)
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     assert run.summary in text

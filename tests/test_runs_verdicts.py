@@ -3,6 +3,7 @@
 import pytest
 
 from remat.prove.records import Difference
+from remat.runs.evidence import Equivalence, Interval
 from remat.runs.judge import has_passed, judge
 from remat.runs.reading import is_time_difference_clear, relative_time
 from remat.runs.records import RunStatus, StepTimes, VariantKind, VariantStatus, Verdict
@@ -46,12 +47,68 @@ def test_variant_whose_training_differs_fails(field, message):
     assert message in found.message
 
 
-def test_variant_within_the_models_own_noise_passes_and_says_so():
-    """A model that is not reproducible itself may end with other weights."""
-    noisy = sample_variant(losses_identical=False, weights_identical=False)
-    found = judge(verified(noisy, identical=False, within_noise=True, passed=True))
+def noisy(**changes):
+    variant = sample_variant(losses_identical=False, weights_identical=False, **changes)
+    return verified(variant, identical=False, within_noise=True, passed=True)
+
+
+def equivalence(difference, spread, num_pairs=3, margin=0.01):
+    interval = Interval(
+        value=difference,
+        low=difference - spread,
+        high=difference + spread,
+        level=0.9,
+        method="Student t on paired differences",
+    )
+    return Equivalence(
+        variant="plan 60%",
+        metric="accuracy",
+        num_pairs=num_pairs,
+        num_identical=0,
+        difference=interval if num_pairs > 1 else None,
+        margin=margin,
+        margin_reason="one percentage point",
+        p_value=0.01 if num_pairs > 1 else None,
+        is_equivalent=num_pairs > 1 and abs(difference) + spread < margin,
+    )
+
+
+def test_variant_within_the_models_own_noise_is_within_noise_where_it_was_not_trained():
+    """A peer that was only measured is judged by its step."""
+    found = judge(noisy(status=VariantStatus.MEASURED))
     assert found.verdict is Verdict.PASSED
     assert "noise" in found.message
+
+
+@pytest.mark.parametrize("found", [None, equivalence(0.0, 0.0, num_pairs=1)])
+def test_one_seed_is_too_few_to_say_that_another_end_of_training_is_as_good(found):
+    """A model that is not reproducible ends elsewhere: one seed tells neither good nor bad."""
+    judgement = judge(noisy(), found)
+    assert judgement.verdict is Verdict.NONE
+    assert "one seed is too few to say" in judgement.message
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "message"),
+    [
+        (equivalence(0.001, 0.004), Verdict.PASSED, "equivalent to training without a plan"),
+        (equivalence(-0.02, 0.004), Verdict.FAILED, "accuracy differs by \N{MINUS SIGN}2 points"),
+        (equivalence(-0.005, 0.03), Verdict.NONE, "too few seeds to say whether it is equivalent"),
+    ],
+)
+def test_variant_that_may_differ_is_judged_by_equivalence(found, verdict, message):
+    """Shown equivalent passes, beyond the margin fails, and in between nothing is said."""
+    judgement = judge(noisy(), found)
+    assert judgement.verdict is verdict
+    assert message in judgement.message
+    assert "over 3 seeds, with a margin of 1 points" in judgement.message
+
+
+def test_equivalence_does_not_excuse_a_variant_that_should_be_identical():
+    """Where the model is reproducible, another end of training is a failure, however good."""
+    found = judge(sample_variant(weights_identical=False), equivalence(0.0, 0.0))
+    assert found.verdict is Verdict.FAILED
+    assert "final weights differ" in found.message
 
 
 def test_variant_with_other_gradients_fails_and_names_them():

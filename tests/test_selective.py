@@ -1,4 +1,4 @@
-"""Selective checkpointing: ops kept inside a region are not run again, and nothing else changes."""
+"""Selective checkpointing: what a plan file says is kept is not run again, and nothing changes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import remat
 from remat.fit import Fit
+from remat.planner.options import OptionBuilder
+from remat.planner.spans import Facts
 from tests.zoo import TINY
 
 
@@ -21,71 +23,47 @@ def flops_of_step(case):
     return counter.get_total_flops()
 
 
+def keeping(fit, every):
+    """Yield each block's region with every so many of its dearer ops kept, and the ops again."""
+    program = fit.plain
+    builder = OptionBuilder(Facts(program.trace, program.cost))
+    for position in program.blocks:
+        option = program.options[position]
+        call = program.trace.calls[option.call]
+        positions = range(call.first_op, option.parts[0].stop_op)
+        ops = {p: program.trace.ops[p] for p in positions}
+        may_stay = [p for p, op in ops.items() if op.flops and op.fresh and not op.is_random]
+        kept = frozenset(may_stay[::every])
+        named = builder.named(call.first_op, call.stop_op, kept)
+        region = option.parts[0].region.model_copy(update={"saved_ops": named})
+        yield region, sum(op.flops for p, op in ops.items() if p not in kept)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "vit", "blocks"])
 def test_recomputed_flops_are_those_of_the_plan(name):
     """What a planned step computes more is the recomputed ops' FLOPs, without the kept ones."""
     case = TINY[name].build(dropout=0.1)
     fit = Fit(case.model, case.batch, loss=case.loss)
-    kept = [o for o in fit.plain.options if o.saved_ops][::4]
-    assert len(kept) >= 2
     before = flops_of_step(case)
-    for option in kept:
-        call = fit.plain.trace.calls[option.call]
-        counts: dict[str, int] = {}
-        again = 0
-        saved = {(op.name, op.occurrence) for op in option.saved_ops}
-        for op in fit.plain.trace.ops[call.first_op : option.parts[0].stop_op]:
-            occurrence = counts.get(op.name, 0)
-            counts[op.name] = occurrence + 1
-            again += 0 if (op.name, occurrence) in saved else op.flops
-        plan = fit.plan("1000%").model_copy(update={"regions": option.regions()})
+    base = fit.plan("1000%")
+    found = list(keeping(fit, 2))
+    assert len(found) >= 2
+    for region, again in found:
+        assert region.saved_ops
+        plan = base.model_copy(update={"regions": (region,)})
+        plan = remat.Plan.from_data(plan.model_dump(mode="json"), source="the test")
         with remat.apply(case.model, plan):
             assert flops_of_step(case) - before == again
 
 
-def test_kept_ops_make_plans_cheaper_than_whole_regions():
-    """At a middle budget of a GPT-2 the plan keeps ops and costs less than without that choice."""
-    case = TINY["gpt2"].build()
-    fit = Fit(case.model, case.batch, loss=case.loss)
-    whole = [p for p, o in enumerate(fit.plain.options) if not o.saved_ops]
-    costs = {}
-    for share in (0.85, 0.9):
-        budget = int(share * fit.keep_all_peak_bytes)
-        ours = fit.plain.solver.cheapest(budget)
-        assert ours is not None
-        best_whole = min(
-            (
-                fit.plain.solver.cost(chosen)
-                for chosen in _choices(fit.plain.options, whole)
-                if fit.plain.timeline.curve(chosen).peak_bytes <= budget
-            ),
-            default=float("inf"),
-        )
-        assert ours.seconds <= best_whole * (1 + 1e-6)
-        costs[share] = ours.seconds
-    assert costs[0.9] <= costs[0.85]
-
-
-def _choices(options, positions, chosen=(), start=0):
-    yield frozenset(chosen)
-    if len(chosen) == 3:
-        return
-    for number in range(start, len(positions)):
-        position = positions[number]
-        if not any(options[position].excludes(options[other]) for other in chosen):
-            yield from _choices(options, positions, (*chosen, position), number + 1)
-
-
 def test_selective_regions_verify_with_dropout():
-    """Every option that keeps ops gives the same bits, dropout on, one at a time."""
+    """Regions that keep ops give the same bits, dropout on."""
     case = TINY["llama"].build(dropout=0.1)
     fit = Fit(case.model, case.batch, loss=case.loss)
+    regions = tuple(region for region, _ in keeping(fit, 2))
+    assert regions
     base = fit.plan("1000%")
-    tried = [o for o in fit.plain.options if o.saved_ops][::4]
-    assert len(tried) >= 3
-    for option in tried:
-        peak = fit.plain.simulate([fit.plain.options.index(option)]).peak_bytes
-        plan = base.model_copy(update={"regions": option.regions(), "budget_bytes": peak + 1024})
-        proof = remat.verify(case.model, case.batch, plan, loss=case.loss)
-        assert proof.passed, (option.module, proof.differences[:2])
-        assert torch.is_grad_enabled()
+    plan = base.model_copy(update={"regions": regions, "budget_bytes": fit.keep_all_peak_bytes})
+    proof = remat.verify(case.model, case.batch, plan, loss=case.loss)
+    assert proof.passed, proof.differences[:2]
+    assert torch.is_grad_enabled()

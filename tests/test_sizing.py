@@ -19,7 +19,7 @@ from remat.sizing.records import Mode, Survey
 from remat.sizing.scaling import ScaledTraces, num_examples, with_examples
 from remat.sizing.search import largest_fitting
 from remat.sizing.sharding import gathered_bytes, shard
-from remat.sizing.subjects import batch_subject, sequence_subject
+from remat.sizing.subjects import batch_subject, depth_subject, image_subject, sequence_subject
 from remat.sizing.survey import Sizer, Subject, survey
 from remat.trace.capture import capture
 
@@ -162,7 +162,7 @@ def test_survey_orders_modes_and_names_the_cheapest():
 
 
 def remat_price(usd):
-    from remat.sizing.prices import Price
+    from remat.sizing.offers import Price
 
     return Price(usd_per_hour=usd, source="a test", date="2026-11")
 
@@ -267,6 +267,66 @@ def test_sequences_grow_up_to_the_models_positions():
         sequence_subject("perceptron", model(), batch(2))
 
 
+def needs(made: Subject, size: int) -> int:
+    """Trace one size by itself and return what it needs with nothing recomputed."""
+    fit = Fit(
+        made.model_of(size), made.make_batch(size), loss=made.loss, optimizer=made.optimizer,
+        device=device(10_000), chunks=False,
+    )  # fmt: skip
+    return needed_bytes(fit.plain, ())
+
+
+@pytest.mark.parametrize(
+    ("make", "unit"),
+    [
+        (
+            lambda: image_subject(
+                "convolutions",
+                nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 3)),
+                torch.empty(2, 3, 48, 48, device="meta"),
+                loss=loss,
+            ),
+            16,
+        ),
+        (lambda: depth_subject("perceptron", model, batch(64), asked=4, loss=loss), 1),
+    ],
+    ids=["image size", "depth"],
+)
+def test_images_and_depth_grow_to_the_last_that_fits(make, unit):
+    """The largest size with nothing recomputed fits, and one more unit of it does not."""
+    made = make()
+    assert made.unit == unit
+    wanted = 3 * made.asked
+    small = device(needs(made, wanted) // MIB + 1)
+    found = survey(made, [small])
+    assert found.dimension == made.dimension
+    nothing, _, planned = found.devices[0].sizes
+    assert nothing.largest % unit == 0
+    assert nothing.largest >= wanted
+    assert needs(made, nothing.largest) <= small.available_bytes
+    assert needs(made, nothing.largest + unit) > small.available_bytes
+    assert planned.largest >= nothing.largest
+
+
+def test_a_config_is_made_deeper_and_for_larger_images(tmp_path):
+    """Layers and image size of a configuration are replaced, kinds of layers repeated."""
+    pytest.importorskip("transformers")
+    from remat.architectures import depth_of, load_architecture
+
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "image_size": 32, '
+        '"num_attention_heads": 2, "intermediate_size": 32, "patch_size": 16}'
+    )
+    made = load_architecture(config, "2x3x64x64", depth=3, image_size=64).model
+    assert depth_of(made) == 3
+    assert made.vit.embeddings.position_embeddings.shape[1] == 1 + (64 // 16) ** 2
+    with pytest.raises(remat.WorkloadError, match="states no number of hidden layers"):
+        depth_of(model())
+    with pytest.raises(remat.WorkloadError, match="holds no square images"):
+        image_subject("perceptron", model(), batch(2))
+
+
 def test_batch_subject_asks_for_the_batch_given():
     """The workload's own batch is what the cheapest device is asked to hold."""
     assert batch_subject("perceptron", model(), batch(8), loss=loss).asked == 8
@@ -326,6 +386,9 @@ def test_cli_fit_prints_a_table_json_and_a_page(run_cli, write_workload, tmp_pat
         (("--prices", "nowhere.toml"), 2, "cannot be read"),
         (("--shards", "0"), 2, "--shards"),
         (("--devices", "T4", "--sequence"), 2, "holds no sequences"),
+        (("--devices", "T4", "--sequence", "--depth"), 2, "give one of them"),
+        (("--devices", "T4", "--depth"), 2, "--depth needs --hf-config"),
+        (("--devices", "T4", "--image-size"), 2, "holds no square images"),
         (("--batch", "4x"), 2, "take the place of WORKLOAD"),
     ],
 )
@@ -346,4 +409,5 @@ def test_cli_fit_says_what_is_missing(run_cli, write_workload, tmp_path):
     assert done.code == 3
     facts = json.loads(done.out)
     assert "are missing" in facts["message"]
+    assert "offloading" in facts["message"]
     assert facts["minimum_bytes"] > facts["budget_bytes"] == 600_000_000

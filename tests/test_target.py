@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import remat
 from remat.fit import Fit
@@ -23,6 +24,9 @@ MI300X = Target(device_type="cuda", is_rocm=True)
 MPS = Target(device_type="mps")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
+MASK = torch.zeros(17, 17, dtype=BF16)
+LEARNT_MASK = torch.zeros(17, 17, dtype=BF16, requires_grad=True)
+
 # Each row follows from one rule of PyTorch's sdp_utils.cpp; see NOTE [ Which attention ].
 CHOICES = [
     # target, dtype, head size, what else, kernel
@@ -31,18 +35,29 @@ CHOICES = [
     (A100, BF16, 64, {"dropout_p": 0.1}, Attention.FLASH),
     (A100, BF16, 64, {"is_causal": True}, Attention.FLASH),
     (A100, BF16, 64, {"is_causal": True, "keys": 9}, Attention.EFFICIENT),  # not square
-    (A100, BF16, 64, {"has_mask": True}, Attention.EFFICIENT),  # flash takes no mask
+    (A100, BF16, 64, {"mask": MASK}, Attention.EFFICIENT),  # flash takes no mask
     (A100, BF16, 264, {}, Attention.EFFICIENT),  # flash takes heads up to 256
-    (A100, BF16, 36, {"has_mask": True}, Attention.MATH),  # 36 is no multiple of 8
+    (A100, BF16, 36, {"mask": MASK}, Attention.MATH),  # 36 is no multiple of 8
     (A100, BF16, 36, {}, Attention.FLASH),  # padded
     (A100, FP32, 64, {}, Attention.EFFICIENT),  # flash is for half precision
     (A100, FP32, 66, {}, Attention.MATH),  # 66 is no multiple of 4
     (A100, FP64, 64, {}, Attention.MATH),
     (H100, BF16, 64, {}, Attention.CUDNN),
-    (H100, BF16, 64, {"has_mask": True}, Attention.CUDNN),
+    (H100, BF16, 64, {"mask": MASK}, Attention.CUDNN),
     (H100, BF16, 64, {"dropout_p": 0.1}, Attention.FLASH),  # 0.1 is no multiple of 1/16
     (H100, BF16, 64, {"dropout_p": 0.125}, Attention.CUDNN),
     (H100, BF16, 192, {}, Attention.FLASH),
+    (H100, BF16, 192, {"values": 128}, Attention.CUDNN),  # the one pair above 128
+    (A100, BF16, 192, {"values": 128}, Attention.EFFICIENT),  # flash takes equal sizes
+    (H100, BF16, 64, {"keys": 1}, Attention.FLASH),  # cuDNN takes more than one key
+    (H100, BF16, 64, {"mask": LEARNT_MASK}, Attention.EFFICIENT),  # cuDNN: no gradient
+    (A100, BF16, 64, {"mask": MASK[:, :1].expand(17, 17)}, Attention.MATH),  # gaps in the mask
+    (A100, BF16, 64, {"key_heads": 2}, Attention.MATH),  # as many heads, unless grouped
+    (A100, BF16, 64, {"key_heads": 2, "is_grouped": True}, Attention.FLASH),
+    (A100, FP32, 64, {"key_heads": 2, "is_grouped": True}, Attention.EFFICIENT),
+    (A100, BF16, 64, {"key_heads": 3, "is_grouped": True}, Attention.MATH),  # 3 does not divide 4
+    (A100, BF16, 64, {"batch": 1}, Attention.MATH),  # batches are not broadcast
+    (A100, BF16, 64, {"keys": 0}, Attention.MATH),
     (L4, BF16, 192, {}, Attention.FLASH),
     (L4, BF16, 200, {}, Attention.EFFICIENT),  # no backward between 193 and 224 on small chips
     (L4, BF16, 256, {}, Attention.FLASH),
@@ -51,29 +66,58 @@ CHOICES = [
     (V100, BF16, 64, {}, Attention.MATH),
     (V100, FP32, 66, {}, Attention.EFFICIENT),  # no alignment asked for
     (MI300X, BF16, 64, {}, Attention.FLASH),
+    (MI300X, BF16, 512, {}, Attention.FLASH),  # ROCm's kernel takes twice the size
+    (MI300X, FP32, 64, {"key_heads": 2, "is_grouped": True}, Attention.MATH),
     (MPS, FP16, 64, {}, Attention.MATH),
 ]  # fmt: skip
 
 
-def heads(dtype, size, length=17, number=4):
-    return torch.empty(2, number, length, size, dtype=dtype, device="meta", requires_grad=True)
+def heads(dtype, size, length=17, number=4, batch=2):
+    shape = (batch, number, length, size)
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
 
 @pytest.mark.parametrize(("target", "dtype", "size", "more", "kernel"), CHOICES)
 def test_attention_kernel_is_the_one_that_pytorch_selects(target, dtype, size, more, kernel):
     """The first kernel in PyTorch's order whose conditions hold is chosen."""
-    facts = {"has_mask": False, "dropout_p": 0.0, "is_causal": False} | more
-    key = heads(dtype, size, facts.pop("keys", 17))
-    assert choose_attention(target, heads(dtype, size), key, key, **facts) is kernel
+    facts = dict(more)
+    shape = (facts.pop("keys", 17), facts.pop("key_heads", 4), facts.pop("batch", 2))
+    key, value = (heads(dtype, s, *shape) for s in (size, facts.pop("values", size)))
+    assert choose_attention(target, heads(dtype, size), key, value, **facts) is kernel
 
 
 def test_attention_of_three_dimensions_or_with_gaps_is_written_out():
     """Fused kernels take four dimensions, the last one without gaps."""
-    facts = {"has_mask": False, "dropout_p": 0.0, "is_causal": False}
     three = heads(BF16, 64)[0]
-    assert choose_attention(A100, three, three, three, **facts) is Attention.MATH
+    assert choose_attention(A100, three, three, three) is Attention.MATH
     gaps = heads(BF16, 128)[..., ::2]
-    assert choose_attention(A100, gaps, gaps, gaps, **facts) is Attention.MATH
+    assert choose_attention(A100, gaps, gaps, gaps) is Attention.MATH
+
+
+@pytest.mark.parametrize(
+    ("left", "chosen"),
+    [
+        ([SDPBackend.MATH], Attention.MATH),
+        ([SDPBackend.EFFICIENT_ATTENTION], Attention.EFFICIENT),
+        ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], Attention.FLASH),
+    ],
+)
+def test_attention_kernels_that_are_turned_off_are_not_chosen(left, chosen):
+    """What a user allows by `sdpa_kernel` is what the device would be given."""
+    query = heads(BF16, 64)
+    assert choose_attention(H100, query, query, query) is Attention.CUDNN
+    with sdpa_kernel(left):
+        assert choose_attention(H100, query, query, query) is chosen
+
+
+def test_deterministic_algorithms_leave_cudnn_out():
+    """`check_cudnn_deterministic`: cuDNN's attention is not deterministic."""
+    query = heads(BF16, 64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose_attention(H100, query, query, query) is Attention.FLASH
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Mixer(nn.Module):
@@ -180,7 +224,11 @@ def test_kernels_are_the_cpus_again_behind_the_trace():
         (torch.optim.AdamW, {}, True),
         (torch.optim.SGD, {"momentum": 0.9}, True),
         (torch.optim.AdamW, {"foreach": False}, False),
+        (torch.optim.AdamW, {"fused": False}, None),
+        (torch.optim.AdamW, {"fused": True}, None),
+        (torch.optim.AdamW, {"differentiable": True}, None),
         (torch.optim.AdamW, {"lr": torch.tensor(0.1)}, None),
+        (torch.optim.AdamW, {"lr": torch.tensor(0.1), "capturable": True}, True),
         (torch.optim.LBFGS, {}, "absent"),
     ],
 )

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from remat.adapting.adapt import Adaptive, Planned, adapt
+    from remat.calibrating.measuring import calibrate
+    from remat.cost.calibration import Calibration
     from remat.cost.devices import Device, load_devices
     from remat.cost.measured import measure_cost
     from remat.errors import (
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
         WorkloadError,
     )
     from remat.evaluation.evaluate import evaluate
+    from remat.evaluation.pricing import ExpenseOptions
+    from remat.evaluation.serving.options import ServingOptions
     from remat.fit import auto_checkpoint, frontier, plan
     from remat.guarding import Guard, guard
     from remat.planner.records import Hazard, Outcome, Plan, Region, Severity
@@ -55,14 +60,21 @@ _HOME = {
     "Handle": "remat.regions.apply",
     "measure": "remat.prove.measure",
     "measure_cost": "remat.cost.measured",
+    "calibrate": "remat.calibrating.measuring",
+    "Calibration": "remat.cost.calibration",
     "simulate": "remat.prove.simulate",
     "verify": "remat.prove.verify",
     "check": "remat.prove.check",
     "replace_checkpointing": "remat.replacing",
+    "adapt": "remat.adapting.adapt",
+    "Adaptive": "remat.adapting.adapt",
+    "Planned": "remat.adapting.adapt",
     "guard": "remat.guarding",
     "Guard": "remat.guarding",
     "GuardEvent": "remat.prove.records",
     "evaluate": "remat.evaluation.evaluate",
+    "ServingOptions": "remat.evaluation.serving.options",
+    "ExpenseOptions": "remat.evaluation.pricing",
     "CheckReport": "remat.prove.records",
     "Measurement": "remat.prove.records",
     "Simulation": "remat.prove.records",
@@ -101,14 +113,21 @@ __all__ = [
     "Handle",
     "measure",
     "measure_cost",
+    "calibrate",
+    "Calibration",
     "simulate",
     "verify",
     "check",
     "replace_checkpointing",
+    "adapt",
+    "Adaptive",
+    "Planned",
     "guard",
     "Guard",
     "GuardEvent",
     "evaluate",
+    "ServingOptions",
+    "ExpenseOptions",
     "CheckReport",
     "Measurement",
     "Simulation",

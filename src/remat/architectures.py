@@ -29,7 +29,13 @@ class Architecture:
     batch: dict[str, torch.Tensor]
 
 
-def load_architecture(config: str | os.PathLike[str], batch: str) -> Architecture:
+def load_architecture(
+    config: str | os.PathLike[str],
+    batch: str,
+    *,
+    depth: int | None = None,
+    image_size: int | None = None,
+) -> Architecture:
     """Build the model that a Transformers configuration describes, in training mode, on meta.
 
     Arguments
@@ -38,6 +44,8 @@ def load_architecture(config: str | os.PathLike[str], batch: str) -> Architectur
         without it, the class with a language or image classification head is taken. The cache of
         keys and values is switched off, as in training it only costs memory.
     batch: `"4x1024"` (sequences x tokens), or `"8x3x224x224"` (images) where the model sees images.
+    depth: number of hidden layers, instead of the configuration's.
+    image_size: side of the images in pixels, where the configuration states one.
 
     Raises
     ------
@@ -66,6 +74,10 @@ def load_architecture(config: str | os.PathLike[str], batch: str) -> Architectur
             f"{source}: Transformers refuses its values: {_in_short(error)}"
         ) from error
     configuration.use_cache = False
+    if depth is not None:
+        _set_depth(configuration, depth)
+    if image_size is not None and hasattr(configuration, "image_size"):
+        configuration.image_size = image_size
     model_class = _model_class(transformers, configuration, source)
     try:
         with torch.device("meta"):
@@ -74,10 +86,37 @@ def load_architecture(config: str | os.PathLike[str], batch: str) -> Architectur
         raise WorkloadError(
             f"{source}: {model_class.__name__} cannot be built: {_in_short(error)}"
         ) from error
+    _check_shift(configuration, source)
     model.train()
     return Architecture(
         name=model_class.__name__, model=model, batch=_make_batch(model, batch, source)
     )
+
+
+def depth_of(model: nn.Module) -> int:
+    """Return the number of hidden layers of a model that `load_architecture` made.
+
+    Raises
+    ------
+    WorkloadError: if its configuration states none.
+    """
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if not isinstance(depth, int) or depth < 1:
+        raise WorkloadError(
+            f"{type(model).__name__} states no number of hidden layers, so its depth cannot be "
+            "sized. Size its batch instead."
+        )
+    return depth
+
+
+def _set_depth(configuration: Any, depth: int) -> None:
+    """Change the number of layers. Any: each architecture has a configuration class of its own."""
+    configuration.num_hidden_layers = depth
+    if hasattr(configuration, "num_decoder_layers"):
+        configuration.num_decoder_layers = depth
+    kinds = getattr(configuration, "layer_types", None)
+    if isinstance(kinds, list) and kinds:
+        configuration.layer_types = [kinds[layer % len(kinds)] for layer in range(depth)]
 
 
 def _read_settings(path: Path) -> dict[str, Any]:  # Any: values of a JSON file
@@ -115,6 +154,18 @@ def _model_class(transformers: Any, configuration: Any, source: str) -> Any:
             "or image classifier of Transformers. Write a workload file for it instead."
         )
     return found[named[0]] if named else next(iter(found.values()))
+
+
+def _check_shift(configuration: Any, source: str) -> None:
+    """Refuse an encoder and decoder that cannot make the decoder's input from the labels."""
+    if not configuration.is_encoder_decoder:
+        return
+    for field in ("decoder_start_token_id", "pad_token_id"):
+        if getattr(configuration, field, None) is None:
+            raise WorkloadError(
+                f"{source} has no {field!r}, which {configuration.model_type} needs to make the "
+                f'decoder\'s input from the labels: add it, such as "{field}": 0.'
+            )
 
 
 def _make_batch(model: Any, batch: str, source: str) -> dict[str, torch.Tensor]:

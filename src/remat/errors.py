@@ -49,7 +49,8 @@ class BudgetError(RematError, RuntimeError):
         filled = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in largest if size > 0)
         super().__init__(
             f"the budget of {format_bytes(budget_bytes)} is below the least peak that was reached, "
-            f"{format_bytes(minimum_bytes)} ({minimum_bytes} bytes). At that peak: {filled}. "
+            f"{format_bytes(minimum_bytes)} ({minimum_bytes} bytes): "
+            f"{format_bytes(minimum_bytes - budget_bytes)} are missing. At that peak: {filled}. "
             f"{_advice(largest[0][0] if largest else 'activations', host_budget_bytes)}"
         )
 
@@ -64,7 +65,8 @@ def _advice(largest_kind: str, host_budget_bytes: int | None) -> str:
     if largest_kind in ("parameters", "gradients", "optimizer"):
         return (
             "Parameters, gradients and optimizer state fill most of the peak: an optimizer with "
-            "less state, frozen layers or a smaller model would help; recomputation cannot."
+            "less state, frozen layers, a smaller model or sharding (FSDP) would help; neither "
+            "recomputation nor offloaded activations can."
         )
     host = "host memory for activations (host_budget), "
     if host_budget_bytes is not None:

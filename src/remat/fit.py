@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from remat.cost.devices import Device
 from remat.cost.model import CostModel
+from remat.cost.usual import step_error_bar
 from remat.errors import ApplyError, BudgetError, WorkloadError
 from remat.planner.bound import lower_bound_seconds
 from remat.planner.policies import AbstractPolicy
@@ -25,7 +27,9 @@ from remat.rewriting.programs import (
     rewrite_notes,
     with_sliced_blocks,
     with_sliced_heads,
+    with_sliced_tokens,
 )
+from remat.trace.parallel import is_wrapped
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike, check_model
 from remat.units import format_bytes, parse_budget, parse_host_budget
 
@@ -65,11 +69,12 @@ def plan(
         model on the CPU or meta, a row of another kind also decides which kernels run, and on CUDA
         the budget means what the caching allocator reserves, and the context.
     cost: prices of ops instead, for example measured ones (`remat.measure_cost`).
-    chunks: whether a projection to classes and its cross entropy may run in slices, which gives up
-        bit identity for order of summation: `None` where the budget cannot be met otherwise, `True`
-        wherever that is cheaper, `False` never. Unless `False`, the last resort is to run every
-        block in slices of the batch.
-    time_limit_s: longest search; the best plan found by then is returned as `timed_out`.
+    chunks: whether a projection to classes with its cross entropy, and token-wise modules such as
+        MLPs, may run in slices, which gives up bit identity for order of summation: `None` where
+        the budget cannot be met otherwise, `True` wherever that is cheaper, `False` never. Unless
+        `False`, the last resort is to run every block in slices of the batch.
+    time_limit_s: longest search, in seconds of the processor; the best plan found by then is
+        returned as `timed_out`.
     progress: called with what is being done and the share done, 0 to 1.
 
     Raises
@@ -187,6 +192,13 @@ class Fit:
             raise ApplyError("a plan is on this model: call handle.remove() before planning anew.")
         if chunks not in (None, True, False):
             raise WorkloadError(f"chunks must be None, True or False, got {chunks!r}.")
+        if is_wrapped(model):
+            if chunks:
+                raise WorkloadError(
+                    "chunks=True is not planned for a model that is wrapped for several processes: "
+                    "what runs in slices would exchange gradients and parameters in each."
+                )
+            chunks = False
         self._step, self._chunks = Step(model, batch, loss, optimizer), chunks
 
         def make(rewrites: tuple[Rewrite, ...]) -> Program:
@@ -199,6 +211,7 @@ class Fit:
         self._make = make
         self.plain = make(())
         self._rewritten: tuple[Program, ...] | None = None
+        self._narrowed: tuple[Program, ...] | None = None
         self._last_resort: tuple[Program, ...] | None = None
         self._seconds = time.monotonic() - started
 
@@ -227,7 +240,7 @@ class Fit:
 
     def frontier(self, points: int) -> list[Plan]:
         """Return the Pareto front; see `remat.frontier`."""
-        low, _ = _least((self.plain, *self.rewritten) if self._chunks else (self.plain,))
+        low, _ = _least(next(self._stages()))
         plans: list[Plan] = []
         for number, budget in enumerate(
             np.linspace(low, max(low, self.keep_all_peak_bytes), points)
@@ -240,7 +253,7 @@ class Fit:
 
     def memory_snapshot(self, plan: Plan) -> dict[str, Any]:
         """Return a plan's step, replayed through the allocator, as a PyTorch memory snapshot."""
-        programs = (self.plain, *self.rewritten, *self.last_resort) if plan.rewrites else ()
+        programs = itertools.chain.from_iterable(self._stages() if plan.rewrites else ())
         program = next((p for p in programs if p.rewrites == plan.rewrites), self.plain)
         return program.memory_snapshot(plan.regions)
 
@@ -248,12 +261,23 @@ class Fit:
 
     @property
     def rewritten(self) -> tuple[Program, ...]:
-        """The programs with rewrites that `chunks` allows and that free memory; traced once."""
+        """The programs with loss heads in slices, where these free memory; traced once."""
         if self._rewritten is None:
             self._rewritten = ()
             if self._chunks is not False:
                 self._rewritten = with_sliced_heads(self.plain, self._step, self._make)
         return self._rewritten
+
+    @property
+    def narrowed(self) -> tuple[Program, ...]:
+        """The programs with token-wise modules in slices as well, where these free memory."""
+        if self._narrowed is None:
+            self._narrowed = ()
+            if self._chunks is not False:
+                self._narrowed = with_sliced_tokens(
+                    self.plain, self.rewritten, self._step, self._make
+                )
+        return self._narrowed
 
     @property
     def last_resort(self) -> tuple[Program, ...]:
@@ -262,17 +286,18 @@ class Fit:
             self._last_resort = ()
             if self._chunks is not False:
                 self._last_resort = with_sliced_blocks(
-                    self.plain, self.rewritten, self._step, self._make
+                    self.plain, self.rewritten, self.narrowed, self._step, self._make
                 )
         return self._last_resort
 
     def _stages(self) -> Iterator[tuple[Program, ...]]:
         """Yield programs that compete; the next are only traced where these do not suffice."""
         if self._chunks:
-            yield (self.plain, *self.rewritten)
+            yield (self.plain, *self.rewritten, *self.narrowed)
         else:
             yield (self.plain,)
             yield self.rewritten
+            yield self.narrowed
         yield self.last_resort
 
     def _solve(self, budget_bytes: int) -> tuple[Program, Solution, Simulation]:
@@ -338,6 +363,7 @@ class Fit:
             predicted_reserved_bytes=simulation.reserved_bytes,
             outside_bytes=accounting.outside_bytes,
             cost_source=program.cost_model.source,
+            step_error_bar=step_error_bar(program.cost_model),
             plan_seconds=seconds,
             host_budget_bytes=program.host_budget_bytes,
             notes=self._notes(program, solution, budget_bytes),

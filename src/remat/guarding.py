@@ -17,6 +17,7 @@ from remat.prove.allocator import record_peak, step_tensors
 from remat.prove.measure import check_real
 from remat.prove.records import GuardEvent
 from remat.regions.apply import Handle, apply
+from remat.regions.guards import all_modules
 from remat.replacing import replace_checkpointing
 from remat.trace.standin import random_states, restore_random_states
 from remat.trace.step import Loss
@@ -71,12 +72,16 @@ class Guard:
         number = self._number
         self._number += 1
         states = random_states()
-        buffers = [(b, b.detach().clone()) for b in self._model.buffers()]
-        versions = [p._version for p in self._model.parameters()]
+        modules = all_modules((self._model,))
+        buffers = [
+            (b, b.detach().clone()) for m in modules for b in m._buffers.values() if b is not None
+        ]
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        versions = [p._version for p in parameters]
         try:
             return self._run(run, number)
         except torch.OutOfMemoryError as error:
-            can_repeat = versions == [p._version for p in self._model.parameters()]
+            can_repeat = versions == [p._version for p in parameters]
             if not (self._may_tighten and can_repeat):
                 raise
             error.__traceback__ = None  # its frames hold the step's tensors
@@ -174,7 +179,7 @@ def guard(
     """Apply a plan and hold it to its promise while you train.
 
     The `steps` steps after the first are measured by the allocator's record; a peak further from
-    the prediction than 1 % (CPU) or 2 % (CUDA) and the plan's margin, or above the budget, is
+    the prediction than 1% (CPU) or 2% (CUDA) and the plan's margin, or above the budget, is
     logged as a warning and kept in `.events`. Where memory runs out, once, a plan with a tenth less
     is made and the step is repeated from the same random state and buffers. Later steps cost a copy
     of the random state and of the buffers.

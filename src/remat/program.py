@@ -14,8 +14,11 @@ from torch import nn
 
 from remat.cost.devices import Device, find_device
 from remat.cost.model import CostModel, cost_step
+from remat.cost.usual import usual_cost
 from remat.cost.workspace import measure_workspace
 from remat.planner.blocks import find_blocks
+from remat.planner.dropping import find_drops
+from remat.planner.folding import fold
 from remat.planner.offload import find_offloads
 from remat.planner.options import Option, find_options
 from remat.planner.policies import AbstractPolicy, simple_policies
@@ -56,7 +59,8 @@ class Step:
 class Program:
     """One trace of a step, from which choices of regions for any number of budgets are made.
 
-    With `rewrites` on the model, the step is another program, with a trace of its own.
+    With `rewrites` on the model, the step is another program, with a trace of its own. With
+    `only_blocks`, blocks are the only options: much less work, where no plan is looked for.
     """
 
     def __init__(
@@ -70,18 +74,21 @@ class Program:
         report: Report,
         trace: StepTrace | None = None,
         host_budget_bytes: int | None = None,
+        only_blocks: bool = False,
     ) -> None:
         self._step, self._report, self.rewrites = step, report, rewrites
         if cost is None:
             if not isinstance(device, Device):
                 device = find_device(device or device_type_of(step.model))
-            cost = CostModel(device=device)
+            cost = usual_cost(device)
         self._target = target_of(cost.device, device_type_of(step.model))
         self._report("tracing one training step", 0.0)
         # A trace that is given follows from others; it stands for one of this step.
         self.trace = trace or self._captured((), drop_saved=True)[0]
         sliced = {r.module for r in rewrites if r.kind is RewriteKind.SLICED_CALL}
         self._sliced_starts = [c.start for c in self.trace.calls if c.module in sliced]
+        sliced = {r.module for r in rewrites if r.kind is RewriteKind.SLICED_TOKENS}
+        self._token_starts = [c.start for c in self.trace.calls if c.module in sliced]
         self._report("pricing ops", 0.3)
         self.workspace, is_workspace_known = self._kernel_workspace(cost.workspace)
         self.accounting = Accounting(
@@ -95,34 +102,42 @@ class Program:
         self._modules = dict(step.model.named_modules())
         facts = Facts(self.trace, self.cost)
         blocks = find_blocks(self.trace)
-        found = find_options(facts, keep=frozenset(blocks))
+        found = find_options(facts, keep=frozenset(blocks), only_kept=only_blocks)
         options = [option for option in found.options if not self._holds_slices(option)]
-        place = {o.parts[0].span: p for p, o in enumerate(options) if not o.saved_ops}
+        place = {o.parts[0].span: p for p, o in enumerate(options) if o.is_recomputed}
+        bare = Timeline(self.trace, self.cost, ())
         recursions = [
             plan
-            for plan in find_recursions(facts)
+            for plan in ([] if only_blocks else find_recursions(facts, bare))
             if not any(self._holds_slices(option) or self._holds_hooks(option) for option in plan)
         ]
         for option in itertools.chain.from_iterable(recursions):
             if option.parts[0].span not in place:
                 place[option.parts[0].span] = len(options)
                 options.append(option)
+        if not only_blocks:
+            options += [option for option in find_drops(facts) if not self._holds_slices(option)]
         self.host_budget_bytes = host_budget_bytes
         if host_budget_bytes is not None:
             options += find_offloads(facts, tuple(options))
         self.options: tuple[Option, ...] = tuple(options)
         self.hazards = found.hazards
-        self.timeline = Timeline(self.trace, self.cost, self.options)
-        self.solver = Solver(
-            self.timeline, time_limit_s=time_limit_s, host_budget_bytes=host_budget_bytes
+        self.timeline = bare.with_options(self.options)
+        # Plans of whole chains, one chain each.
+        self.chain_plans = tuple(
+            frozenset(place[o.parts[0].span] for o in plan) for plan in recursions
         )
+        self.solver = Solver(
+            self.timeline, time_limit_s=time_limit_s, host_budget_bytes=host_budget_bytes,
+            folding=fold(self.trace, self.options, blocks, self.chain_plans),
+        )  # fmt: skip
         self.blocks = tuple(place[span] for c in blocks if (span := Span((c,))) in place)
         self._keep_all = self.timeline.curve(())
         self._known: list[frozenset[int]] = [
             frozenset(self.blocks[i] for i in policy.choose(len(self.blocks)))
             for policy in simple_policies(len(self.blocks))
         ]
-        self._known += [frozenset(place[o.parts[0].span] for o in plan) for plan in recursions]
+        self._known += self.chain_plans
         self._least: tuple[Solution, Simulation] | None = None
         self._keep_all_needed: int | None = None
 
@@ -136,8 +151,13 @@ class Program:
         return self._keep_all_needed
 
     def _holds_slices(self, option: Option) -> bool:
-        """Whether a call that recomputes its own slices lies inside an option: no region nests."""
-        return any(option.start <= start <= option.end for start in self._sliced_starts)
+        """Whether a call that recomputes its own slices lies inside an option that bars it.
+
+        Slices of the batch lie in no region; slices of tokens run again, as slices, inside one that
+        recomputes everything.
+        """
+        starts = self._sliced_starts + ([] if option.is_recomputed else self._token_starts)
+        return any(option.start <= start <= option.end for start in starts)
 
     def _holds_hooks(self, option: Option) -> bool:
         """Whether a member of a run has backward hooks, which would fire twice."""
@@ -256,9 +276,17 @@ class Program:
             alone = self.timeline.curve([position]).alive[tick]
             freed = int(self._keep_all.alive[tick] - alone)
             seconds = option.seconds + option.overhead_seconds
-            kept = f" but for {len(option.saved_ops)} saved ops" if option.saved_ops else ""
-            how = f"recomputed{kept}" if option.is_recomputed else "offloaded"
+            how = "recomputed" if option.is_recomputed else "offloaded"
+            region = option.parts[0].region
+            if region.dropped_ops:
+                how = f"{len(region.dropped_ops)} of its ops run again"
+            if region.packed_ops:
+                packed = f"packed results take {format_bytes(region.packed_bytes)}"
+                how = f"{how}, {packed}" if region.dropped_ops else packed
             moved = f"{format_bytes(option.host_bytes)} on the host, " if option.host_bytes else ""
+            offload = region.offload
+            if offload is not None and offload.prefetch is not None:
+                moved += f"fetched from {offload.prefetch.module or 'the loss'} on, "
             reason = (
                 f"{how}: frees {format_bytes(freed)} at the peak, {moved}"
                 f"costs {format_seconds(seconds)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Final
 
@@ -132,11 +133,13 @@ def format_rate(per_second: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Write a duration for people.
+    """Write a duration for people; files may hold one that is no number.
 
-    >>> format_seconds(0.0021), format_seconds(75.0)
-    ('2.1 ms', '1 min 15 s')
+    >>> format_seconds(0.0021), format_seconds(75.0), format_seconds(math.nan)
+    ('2.1 ms', '1 min 15 s', 'unknown')
     """
+    if not math.isfinite(seconds):
+        return "unknown"
     if seconds != 0 and abs(seconds) < 1e-3:
         return f"{seconds * 1e6:.0f} µs"
     if abs(seconds) < 1:

@@ -62,7 +62,7 @@ def load_workload(name: str) -> Workload:
             found = found()
         except Exception as error:  # the user's function may raise anything
             raise WorkloadError(
-                f"workload {name!r}: calling {attribute}() raised {_where(error)}."
+                f"workload {name!r}: calling {attribute}() raised {where_raised(error)}."
             ) from error
     if not isinstance(found, Workload):
         raise WorkloadError(
@@ -94,7 +94,7 @@ def call_model(workload: Workload) -> nn.Module:
         model: object = workload.model()
     except Exception as error:  # the user's function may raise anything
         raise WorkloadError(
-            f"workload {workload.name!r}: calling model() raised {_where(error)}."
+            f"workload {workload.name!r}: calling model() raised {where_raised(error)}."
         ) from error
     if not isinstance(model, torch.nn.Module):
         raise WorkloadError(
@@ -198,7 +198,7 @@ def make_batches(
     except WorkloadError:
         raise
     except Exception as error:  # the user's dataset may raise anything
-        raise WorkloadError(f"reading the data raised {_where(error)}.") from error
+        raise WorkloadError(f"reading the data raised {where_raised(error)}.") from error
 
 
 def _generator(seed: int) -> Any:  # a torch.Generator; torch is imported only where it is needed
@@ -283,7 +283,9 @@ def _run_import(execute: Callable[[], _T], what: str) -> _T:
     try:
         return execute()
     except (Exception, SystemExit) as error:  # the user's file may raise, or even exit
-        raise WorkloadError(f"workload {what!r} cannot be imported: {_where(error)}.") from error
+        raise WorkloadError(
+            f"workload {what!r} cannot be imported: {where_raised(error)}."
+        ) from error
 
 
 def _make_importable(directory: Path) -> None:
@@ -298,7 +300,7 @@ def _workloads_in(module: ModuleType, place: str) -> str:
     return "Workloads in it: " + ", ".join(f"{place}:{name}" for name in names) + "."
 
 
-def _where(error: BaseException) -> str:
+def where_raised(error: BaseException) -> str:
     """Say what was raised, and in which line of the user's own code."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.conformance import parts
 from tests.conformance.parts import ROWS, WIDTH, Block, Net
@@ -120,6 +121,28 @@ def autocast(model, batch) -> Results:
     with torch.autocast("cpu", torch.bfloat16):
         loss = square_mean(model, batch)
     loss.float().backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+def two_forwards(model, batch) -> Results:
+    """Two forwards, and then the backward of their sum."""
+    (square_mean(model, batch) + square_mean(model, 2 * batch)).backward()
+    return gradients(model)
+
+
+def hooks_of_the_user(model, batch) -> Results:
+    """Saved tensors are moved by hooks of the user's own."""
+    with torch.autograd.graph.save_on_cpu():
+        loss = square_mean(model, batch)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+def one_attention(model, batch) -> Results:
+    """The forward alone runs in a context that chooses a kernel."""
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = square_mean(model, batch)
+    loss.backward()
     return {"loss": loss.detach(), **gradients(model)}
 
 
@@ -237,10 +260,18 @@ CASES: tuple[Case, ...] = (
          build=lambda: Net(Block), step=backward_twice, is_compiled=False),
     Case(row=34, title="torch.func.grad", thread="(local)", build=lambda: Net(Block),
          step=functional_gradient, is_compiled=False),
+    Case(row=35, title="draws that are scaled in place", thread="checkpoint.py message",
+         build=middle(parts.ScaledDraws)),
+    Case(row=36, title="in-place ops inside a block", thread="pytorch#113737",
+         build=middle(lambda: nn.ReLU(inplace=True))),
     Case(row=37, title="an in-place op on a view at the end", thread="pytorch#36383",
          build=lambda: Net(parts.ViewAtTheEnd)),
     Case(row=38, title="a block writes to its input", thread="(local)",
          build=lambda: Net(parts.WritesInput)),
+    Case(row=39, title="a graph break inside a block", thread="pytorch#139989",
+         build=middle(parts.BreaksGraph)),
+    Case(row=40, title="blocks called with two sizes", thread="pytorch#166926",
+         build=lambda: parts.TwoLengths(lambda: Block(nn.Dropout(0.5)))),
     Case(row=47, title="gradients in eval mode", thread="diffusers#9850",
          build=middle(lambda: nn.Dropout(0.5)), step=in_eval, is_compiled=False),
     Case(row=49, title="eval() before backward", thread="(local)",
@@ -250,12 +281,18 @@ CASES: tuple[Case, ...] = (
          is_beyond=True),
     Case(row=50, title="a buffer that a later block writes to", thread="(local)",
          build=parts.ReadsLater, is_compiled=False),
+    Case(row=50, title="a tensor that blocks read from an attribute", thread="torch docs",
+         build=parts.ReadsAttribute, step=two_forwards, is_compiled=False),
     Case(row=51, title="a parameter changed before backward", thread="(local)",
          build=lambda: Net(Block), step=bias_changed_before_backward, is_compiled=False),
     Case(row=52, title="tensors in dictionaries and keywords", thread="torch docs",
          build=parts.TakesDict, is_compiled=False),
     Case(row=53, title="a custom function that keeps tensors", thread="pytorch#102600",
          build=middle(parts.KeepsTensors), is_compiled=False),
+    Case(row=57, title="hooks of the user's own on saved tensors", thread="pytorch#190581",
+         build=middle(lambda: nn.Dropout(0.5)), step=hooks_of_the_user, is_compiled=False),
+    Case(row=58, title="a context that chooses attention's kernel", thread="pytorch#155171",
+         build=lambda: Net(parts.Attends), step=one_attention, is_compiled=False),
 )  # fmt: skip
 
 
@@ -278,33 +315,22 @@ LANGUAGE_CASES: tuple[Case, ...] = tuple(
 
 # Rows that no small model on a CPU shows, and where they belong.
 ELSEWHERE: dict[int, tuple[str, str]] = {
-    7: ("randomness on a second device", "needs CUDA"),
-    10: ("SyncBN's second all-reduce", "needs several GPUs"),
-    14: ("dispatch layouts that do not repeat", "needs CUDA"),
-    15: ("kernels that do not repeat", "needs CUDA; `verify` measures the model's own noise"),
-    22: ("FSDP2's casts in mixed precision", "needs several processes"),
-    23: ("ZeRO-3 with frozen parameters", "needs DeepSpeed"),
-    24: ("ZeRO++ takes recomputation for forward", "needs DeepSpeed"),
-    25: ("checkpointing switched on twice", "`remat check` finds it; a second plan is refused"),
-    26: ("FSDP inside a checkpointed module", "needs several processes"),
-    27: ("DDP marks a parameter ready twice", "needs several processes"),
-    28: ("DDP's static graph", "needs several processes"),
-    35: ("a saved op whose result is written to", "such ops are never saved: tests/test_selective"),
-    36: ("in-place ops in selective regions, compiled", "compiled regions save no ops"),
-    39: ("compile skips a frame with a graph break", "a matter of torch.compile"),
-    40: ("compile picks another graph", "a matter of torch.compile"),
-    41: ("compile with DDP", "needs several processes"),
-    42: ("a compiled backward holds several blocks", "a matter of torch.compile"),
-    43: ("inductor's padding", "a matter of torch.compile"),
+    7: ("randomness on a second device", "needs CUDA: tests/gpu"),
+    10: ("SyncBN's second all-reduce", "needs several GPUs: tests/gpu"),
+    14: ("dispatch layouts that do not repeat", "needs CUDA: tests/gpu"),
+    15: ("kernels that do not repeat", "needs CUDA: tests/gpu"),
+    23: ("ZeRO-3 with frozen parameters", "needs DeepSpeed, whose engine is refused"),
+    24: ("ZeRO++ takes recomputation for forward", "needs DeepSpeed, whose engine is refused"),
+    25: ("checkpointing switched on twice", "`remat check` says `doubled`; two plans are refused"),
+    42: ("a compiled backward holds several blocks", "tests/test_compile measures compiled peaks"),
+    43: ("inductor's padding", "needs CUDA: tests/gpu"),
     44: ("a budget that is not monotone", "tests/test_fit sweeps budgets"),
     45: ("a budget that ignores checkpoint()", "`remat.plan` plans around it"),
     46: ("an evaluator that counts twice", "tests/test_fit compares with simulation"),
-    48: ("a flag that does not reach the blocks", "`remat check` finds it"),
-    54: ("a fused op of a third party", "needs CUDA"),
+    48: ("a flag that does not reach the blocks", "`remat check` says `inert` or `not-reached`"),
+    54: ("a fused op of a third party", "needs CUDA: tests/gpu"),
     55: ("leaks", "tests/test_verify counts what stays alive"),
-    56: ("offload and copy streams", "needs CUDA; plans do not offload yet"),
-    57: ("saved tensors that escape offload hooks", "plans do not offload yet"),
-    58: ("attention whose context differs", "needs CUDA"),
+    56: ("offload and copy streams", "tests/gpu; on a CPU tests/test_offload"),
     59: ("dummy inputs that change gradients", "plans need no dummy input"),
     60: ("an automatic batch size that leaves memory behind", "plans run no trial batches"),
     61: ("benchmarks without warm-up", "`measure` warms up"),

@@ -39,6 +39,26 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.middle(self.up(x))))
 
 
+class BreaksGraph(nn.Module):
+    """torch.compile cannot put what comes before and after into one graph."""
+
+    def forward(self, x):
+        x = nn.functional.dropout(x, 0.5, self.training)
+        torch._dynamo.graph_break()
+        return torch.sin(x)
+
+
+class TwoLengths(Net):
+    """Each block is called with two sizes, in graphs of their own where it is compiled."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = torch.cat([block(x), block(x[: ROWS // 2])])[:ROWS]
+        return self.head(x)
+
+
 class RandomReLU(Block):
     """RReLU last: recomputation stops before its noise is filled in."""
 
@@ -136,6 +156,52 @@ class LowRank(nn.Module):
 
     def forward(self, x):
         return x + torch.tanh(self.frozen(x) + self.up(self.down(x)))
+
+
+class ScaledDraws(nn.Module):
+    """Noise that is scaled in place after it was drawn, as dropout does it."""
+
+    def forward(self, x):
+        return x * torch.empty_like(x).bernoulli_(0.7).div_(0.7)
+
+
+class Attends(nn.Module):
+    """Attention over two sequences, by whichever kernel torch chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        parts = self.project(x).view(2, ROWS // 2, 3, 2, WIDTH // 2)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).reshape(ROWS, WIDTH))
+
+
+class ReadsAttribute(nn.Module):
+    """Blocks that multiply by what the model has left on an attribute of its own."""
+
+    class Part(Block):
+        """Knows its owner."""
+
+        def __init__(self, owner):
+            super().__init__()
+            self.owner = [owner]
+
+        def forward(self, x):
+            return super().forward(x) * self.owner[0].context
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(self.Part(self) for _ in range(2))
+
+    def forward(self, x):
+        self.context = torch.tanh(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 class Cached(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -19,16 +20,18 @@ from tests.conformance.cases import (
     square_mean,
 )
 from tests.conformance.parts import ROWS, WIDTH, Block, Net
+from tests.conformance.processes import WRAPPINGS
 
+WORKER = Path(__file__).parent / "processes.py"
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 PITFALLS = range(1, 64)
 
 
-def table() -> dict[str, dict[str, str]]:
-    """The page's table by case and column."""
+def table(last="activation_memory_budget") -> dict[str, dict[str, str]]:
+    """The page's table whose last column is named so, by case and column."""
     lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    head = next(row for row in rows if row[0] == "row" and "remat" in row)
+    head = next(row for row in rows if row[0] == "row" and row[-1] == last)
     width = len(head)
     cells = [row for row in rows if len(row) == width and re.fullmatch(r"[0-9]+", row[0])]
     return {
@@ -74,12 +77,33 @@ def test_compiled_verdicts_are_those_of_the_page(title):
         assert verdicts.of_memory_budget(case) == said["activation_memory_budget"] == verdicts.WRONG
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+def test_verdicts_of_two_processes_are_those_of_the_page(run_process, tmp_path):
+    """DDP and FSDP2 on gloo: each tool's verdict is as the page says, and ours is identical."""
+    path = tmp_path / "found.json"
+    done = run_process(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", WORKER, path,
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found, said = json.loads(path.read_text()), table("torch, reentrant")
+    assert set(found) == set(said) == {case.name for case in WRAPPINGS}
+    for name, cells in found.items():
+        assert cells["remat"] == verdicts.IDENTICAL
+        assert cells == {column: said[name][column] for column in cells}
+
+
 def test_page_has_every_row_and_every_case():
     """Each pitfall is a case or is said to belong elsewhere, and no plan's verdict is an error."""
     said = table()
     assert {case.name for case in CASES} == set(said)
-    assert {case.row for case in CASES} | set(ELSEWHERE) == set(PITFALLS)
-    assert not {case.row for case in CASES} & set(ELSEWHERE)
+    run = {case.row for case in (*CASES, *WRAPPINGS)}
+    assert run | set(ELSEWHERE) == set(PITFALLS)
+    assert not run & set(ELSEWHERE)
+    page = PAGE.read_text(encoding="utf-8")
+    for row, (what, where) in ELSEWHERE.items():
+        assert f"| {row} | {what} | {where} |" in page
     beyond = {case.name for case in CASES if case.is_beyond}
     for name, cells in said.items():
         for column in ("remat", "remat, compiled"):

@@ -20,6 +20,7 @@ from remat.planner.policies import AllBlocks
 from remat.prove.measure import restored
 from remat.trace.checkpoints import CheckpointCall, SwitchOff, visited
 from tests.conformance.cases import Case, Results, square_mean
+from tests.forced import forced, plan_of, slow_fit
 
 IDENTICAL = "identical"
 KEPT = "kept"
@@ -162,17 +163,20 @@ def of_memory_budget(case: Case) -> str:
 
 
 def plans_of(model: nn.Module, batch: object) -> list[remat.Plan]:
-    """Every block recomputed, and the least peak in reach."""
+    """Every block recomputed, the least peak in reach, and single results packed or dropped."""
     fit = Fit(model, batch, loss=square_mean, optimizer=None, chunks=False)
     try:
         least = fit.plan(1)
     except remat.BudgetError as error:
         least = fit.plan(error.minimum_bytes)
-    return [fit.policy(AllBlocks()), least]
+    slow = slow_fit(model, batch)
+    kinds = forced(slow)
+    single = [plan_of(slow, kinds[kind]) for kind in ("packed", "dropped") if kind in kinds]
+    return [fit.policy(AllBlocks()), least, *single]
 
 
 def of_remat(case: Case) -> str:
-    """Verdict on plans of remat: the worse of the two."""
+    """Verdict on plans of remat: the worst of them."""
     model, batch = _made(case)
     reference = run(case, model, batch)
     verdicts = [_of_plan(case, model, batch, plan, reference) for plan in plans_of(model, batch)]

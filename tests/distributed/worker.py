@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 worker.py ddp|fsdp before|after FOLDER
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def model_and_batches():
     return nn.Sequential(*(Block(32) for _ in range(4))), torch.randn(2, 512, 32)
 
 
+def uneven_model_and_batches():
+    """A model with parameters that two processes cannot halve, and a batch for each process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(32) for _ in range(4)), nn.Linear(32, 33))
+    return model, torch.randn(2, 512, 32)
+
+
 def step_of(run, batch, rank):
     """Forward and backward, with the random numbers of one process."""
     torch.manual_seed(7 + rank)
@@ -39,6 +47,18 @@ def shard(model):
     for block in model:
         fully_shard(block)
     return fully_shard(model)
+
+
+def leave():
+    """End a process whose work is written, at once.
+
+    A thread of gloo that lets go of its last tensor needs Python for that, and aborts the process
+    where Python is just ending ("terminate called without an active exception").
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main(kind, order, folder):
@@ -65,8 +85,7 @@ def main(kind, order, folder):
         gradients[name] = whole.tolist()
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps({"peak": peak, "gradients": gradients}))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

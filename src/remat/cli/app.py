@@ -11,7 +11,22 @@ from typing import Annotated
 import typer
 
 from remat import __version__
-from remat.cli import check, demo, errors, evaluate, fit, plan, report, runs, schema, verify
+from remat.cli import (
+    calibrate,
+    check,
+    compare,
+    demo,
+    errors,
+    evaluate,
+    fit,
+    gate,
+    plan,
+    report,
+    runs,
+    schema,
+    sweep,
+    verify,
+)
 from remat.cli.screen import show_warning
 
 _DEBUG_FLAG = "--debug"
@@ -27,7 +42,12 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog="Example: remat plan examples/digits_vit.py --budget 60%")(_root)
-    for module in (plan, fit, verify, check, evaluate, report, runs, demo, schema):
+    for module in (plan, fit, calibrate, verify, check, evaluate, sweep, report):
+        app.command(module.NAME, epilog=module.EXAMPLE)(module.command)
+    app.add_typer(runs.make_group(), name=runs.NAME, help=runs.SUMMARY)
+    app.command(compare.NAME, epilog=compare.EXAMPLE)(compare.command)
+    app.add_typer(gate.make_group(), name=gate.NAME, help=gate.SUMMARY)
+    for module in (demo, schema):
         app.command(module.NAME, epilog=module.EXAMPLE)(module.command)
     return app
 

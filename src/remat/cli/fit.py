@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from remat.cli.options import BatchOption, HfConfigOption, JsonOption, OptionalWorkloadArgument
+from remat.cli.options import (
+    BatchOption,
+    HfConfigOption,
+    JsonOption,
+    OptionalWorkloadArgument,
+    PricesOption,
+    device_names,
+)
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from remat.cli.inputs import Inputs
     from remat.cost.devices import Device
+    from remat.sizing.survey import Subject
+
+# Any: keywords of the user's own step.
 
 NAME = "fit"
 EXAMPLE = "Example: remat fit examples/digits_vit.py --devices T4,L4,H100-80GB"
@@ -35,14 +49,7 @@ def command(
             help="A table of devices of your own, over the one that comes with remat.",
         ),
     ] = None,
-    prices: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="Prices of your own, over those that come with remat.",
-        ),
-    ] = None,
+    prices: PricesOption = None,
     hf_config: HfConfigOption = None,
     batch: BatchOption = None,
     sequence: Annotated[
@@ -50,6 +57,20 @@ def command(
         typer.Option(
             "--sequence",
             help="Find the longest sequence at the batch given, not the largest batch.",
+        ),
+    ] = False,
+    image_size: Annotated[
+        bool,
+        typer.Option(
+            "--image-size", help="Find the largest square images at the batch given, in pixels."
+        ),
+    ] = False,
+    depth: Annotated[
+        bool,
+        typer.Option(
+            "--depth",
+            help="With --hf-config: find the most hidden layers at the batch given, up to eight "
+            "times those of the config.",
         ),
     ] = False,
     shards: Annotated[
@@ -78,10 +99,16 @@ def command(
     as_json: JsonOption = False,
 ) -> int:
     """Say what fits where: the largest batch of each device with nothing recomputed, with all
-    blocks, and with remat's plans; its estimated time, and what an epoch costs.
+    blocks, and with remat's plans; its estimated time, and what an epoch costs. With --sequence,
+    --image-size or --depth, that is made as large as possible, and the batch stays.
 
     No device needs to be here. Exit code 3 if not one example fits anywhere.
     """
+    if sequence + image_size + depth > 1:
+        raise typer.BadParameter("--sequence, --image-size and --depth: give one of them.")
+    if depth and hf_config is None:
+        raise typer.BadParameter("--depth needs --hf-config, whose layers it counts.")
+
     from remat.sizing.prices import load_prices
 
     rows = _devices(devices, device_file)
@@ -97,11 +124,22 @@ def command(
         with ProgressBars("tracing small batches") as progress:
             inputs = load_inputs(workload, hf_config, batch)
 
-            from remat.sizing.subjects import batch_subject, sequence_subject
+            from remat.sizing import subjects
             from remat.sizing.survey import survey
 
-            make = sequence_subject if sequence else batch_subject
-            subject = make(inputs.name, inputs.model, inputs.batch, shards=shards, **inputs.step)
+            shared = {"shards": shards, **inputs.step}
+            given = (inputs.name, inputs.model, inputs.batch)
+            if depth:
+                subject = _depth_subject(inputs, hf_config, batch, shared)
+            elif image_size:
+                rebuilt = _rebuilt_for_images(inputs, hf_config, batch)
+                subject = subjects.image_subject(*given, make_model=rebuilt, **shared)
+            elif sequence:
+                shared |= _shallower(inputs, hf_config, batch)
+                subject = subjects.sequence_subject(*given, **shared)
+            else:
+                shared |= _shallower(inputs, hf_config, batch)
+                subject = subjects.batch_subject(*given, **shared)
             found = survey(
                 subject,
                 rows,
@@ -123,13 +161,46 @@ def command(
     return 0
 
 
+def _depth_subject(
+    inputs: Inputs, hf_config: str | None, batch: str | None, shared: dict[str, Any]
+) -> Subject:
+    from remat.architectures import depth_of
+    from remat.sizing.subjects import depth_subject
+
+    asked = depth_of(inputs.model)
+    build = _with_layers(hf_config, batch)
+    return depth_subject(inputs.name, build, inputs.batch, asked=asked, **shared)
+
+
+def _shallower(inputs: Inputs, hf_config: str | None, batch: str | None) -> dict[str, Any]:
+    """Return how to build an architecture with fewer layers, and how many it has."""
+    layers = getattr(getattr(inputs.model, "config", None), "num_hidden_layers", None)
+    if hf_config is None or not isinstance(layers, int):
+        return {}
+    return {"with_layers": _with_layers(hf_config, batch), "layers": layers}
+
+
+def _with_layers(hf_config: str | None, batch: str | None) -> Callable[[int], nn.Module]:
+    from remat.architectures import load_architecture
+
+    return lambda depth: load_architecture(str(hf_config), str(batch), depth=depth).model
+
+
+def _rebuilt_for_images(
+    inputs: Inputs, hf_config: str | None, batch: str | None
+) -> Callable[[int], nn.Module] | None:
+    """Return how to build the model for a side of images; `None` where it takes any side."""
+    from remat.architectures import load_architecture
+
+    if hf_config is None or not hasattr(inputs.model.config, "image_size"):
+        return None
+    return lambda side: load_architecture(hf_config, str(batch), image_size=side).model
+
+
 def _devices(names: str | None, file: Path | None) -> list[Device]:
     """Find the devices by name before anything is loaded; without names, every GPU."""
     from remat.cost.devices import find_device, load_devices
 
     if names is None:
         return [device for device in load_devices(file).values() if device.kind != "cpu"]
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted:
-        raise typer.BadParameter("--devices names none: give at least one, such as A100-80GB.")
-    return [find_device(name, file) for name in wanted]
+    return [find_device(name, file) for name in device_names(names)]

@@ -34,6 +34,14 @@ RunFolderOption = Annotated[
         help="Folder of this run; a new one in the store of runs, unless given.",
     ),
 ]
+PricesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="Prices of your own, over those that come with remat.",
+    ),
+]
 JsonOption = Annotated[
     bool,
     typer.Option(
@@ -79,3 +87,11 @@ def check_host_budget(budget: str) -> None:
     from remat.units import parse_host_budget
 
     parse_host_budget(budget)
+
+
+def device_names(text: str) -> tuple[str, ...]:
+    """Split `--devices`; a list of none is a usage error."""
+    wanted = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not wanted:
+        raise typer.BadParameter("--devices names none: give at least one, such as A100-80GB.")
+    return wanted

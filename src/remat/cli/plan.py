@@ -64,9 +64,9 @@ def command(
         typer.Option(
             "--chunks/--no-chunks",
             show_default=False,
-            help="Run a projection to classes and its loss in slices wherever that is cheaper, or "
-            "never. Unless given: where the budget cannot be met otherwise. Gradients then differ "
-            "in rounding.",
+            help="Run a projection to classes and its loss, and MLPs, in slices wherever that is "
+            "cheaper, or never. Unless given: where the budget cannot be met otherwise. Gradients "
+            "then differ in rounding.",
         ),
     ] = None,
     hf_config: HfConfigOption = None,

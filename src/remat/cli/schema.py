@@ -24,6 +24,11 @@ SCHEMAS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "measurement": ("remat.prove.records", "Measurement"),
         "survey": ("remat.sizing.records", "Survey"),
         "simulation": ("remat.prove.records", "Simulation"),
+        "gate": ("remat.operate.gate.records", "Gate"),
+        "gatereport": ("remat.operate.gate.records", "GateReport"),
+        "comparison": ("remat.runs.comparison", "Comparison"),
+        "calibration": ("remat.cost.calibration", "Calibration"),
+        "experience": ("remat.cost.calibration", "Experience"),
         "check": ("remat.prove.records", "CheckReport"),
     }
 )

@@ -10,10 +10,16 @@ from rich.text import Text
 from remat.sizing.records import DeviceFit, Size, Survey
 from remat.units import format_bytes, format_rate, format_seconds, format_usd
 
+_WHAT = {
+    "sequence": "tokens per sequence",
+    "image size": "image size in pixels",
+    "depth": "number of layers",
+}
+
 
 def survey_view(survey: Survey) -> RenderableType:
     """Show the largest size of each device and mode, the fastest mode, and the cheapest device."""
-    what = "batch" if survey.dimension == "batch" else "tokens per sequence"
+    what = _WHAT.get(survey.dimension, survey.dimension)
     on = f", sharded over {survey.shards} devices" if survey.shards > 1 else ""
     sizes = _table("device", "memory", "keep all", "all blocks", "planned")
     times = _table("device", "fastest", "step", "per second", "epoch", "cost")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -18,9 +18,14 @@ from remat.planner.describe import (
 )
 from remat.planner.records import Plan
 from remat.prove.records import Difference, Verification
-from remat.runs.store import EntryStatus, RunEntry
+from remat.runs.entries import EntryStatus, RunEntry
+from remat.runs.marks import Marks
+from remat.runs.reading import format_value, metric_name
+from remat.runs.records import Run
 from remat.units import format_bytes, format_seconds
 
+# Laying out a table of more rows takes longer than anybody waits: they get a line each.
+MOST_TABLE_ROWS = 200
 _BAR_WIDTH = 24
 _MOST_DIFFERENCES = 10
 _COLORS = {
@@ -91,21 +96,63 @@ def verification_view(name: str, proof: Verification) -> RenderableType:
 
 
 def runs_table(entries: Sequence[RunEntry]) -> RenderableType:
-    """List runs, one per line, with the sentence that sums each up."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("run", overflow="fold")
-    table.add_column("verdict")
-    table.add_column("summary", ratio=1)
+    """List runs with their figures, under each its tags; then what is wrong with damaged ones."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    table.add_column("run", overflow="fold", ratio=1)
+    table.add_column("verdict", no_wrap=True)
+    for heading in ("peak", "step time", "quality"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
-        table.add_row(entry.id, _verdict(entry), Text(entry.message))
-    return table
+        tags = "".join(f"\n[{tag}]" for tag in entry.tags)
+        seconds = "" if entry.step_seconds is None else format_seconds(entry.step_seconds)
+        name = Text.assemble(entry.id, (tags, "cyan"))
+        table.add_row(name, _verdict(entry), _peak(entry), seconds, _quality(entry))
+    damaged = [entry for entry in entries if entry.status is EntryStatus.DAMAGED]
+    remarks = [Padding(Text(f"- {entry.id}: {entry.message}"), (0, 0, 0, 2)) for entry in damaged]
+    return Group(table, *remarks)
+
+
+def runs_lines(entries: Sequence[RunEntry]) -> Iterator[str]:
+    """List runs, one plain line each: what many of them are shown as."""
+    width = max(len(entry.id) for entry in entries)
+    for entry in entries:
+        tags = "".join(f" [{tag}]" for tag in entry.tags)
+        yield f"{entry.id:<{width}}  {_verdict_word(entry):<10}  {_peak(entry):>10}{tags}"
+
+
+def marks_view(run: Run, marks: Marks) -> RenderableType:
+    """Show what people said about a run, and the artifacts that it references."""
+    rows = [("tags", " ".join(marks.tags) or "none", "")]
+    rows += [("note", mark.at, f"{mark.who}: {mark.text}") for mark in marks.notes]
+    if marks.num_damaged:
+        rows.append(("damaged", str(marks.num_damaged), "lines of its marks cannot be read"))
+    rows += [
+        ("artifact", artifact.name, f"{format_bytes(artifact.size_bytes)}, {artifact.sha256}")
+        for artifact in run.artifacts
+    ]
+    return _figures(rows)
+
+
+def _peak(entry: RunEntry) -> str:
+    return "" if entry.peak_bytes is None else format_bytes(entry.peak_bytes)
+
+
+def _quality(entry: RunEntry) -> str:
+    if entry.quality is None:
+        return ""
+    return f"{metric_name(entry.metric)} {format_value(entry.metric, entry.quality)}"
+
+
+def _verdict_word(entry: RunEntry) -> str:
+    if entry.status is not EntryStatus.COMPLETE:
+        return str(entry.status.value)
+    return "passed" if entry.passed else "failed"
 
 
 def _verdict(entry: RunEntry) -> Text:
-    if entry.status is not EntryStatus.COMPLETE:
-        style = "red" if entry.status is EntryStatus.DAMAGED else "yellow"
-        return Text(entry.status.value, style=style)
-    return Text("passed", style="green") if entry.passed else Text("failed", style="bold red")
+    styles = {"passed": "green", "failed": "bold red", "damaged": "red", "unfinished": "yellow"}
+    word = _verdict_word(entry)
+    return Text(word, style=styles[word])
 
 
 def _comparison(proof: Verification) -> str:

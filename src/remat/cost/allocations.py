@@ -12,6 +12,7 @@ from torch.autograd.profiler import profile
 # Any: the profiler's events have no stubs.
 
 _LOG_LEVEL = "KINETO_LOG_LEVEL"
+_COLLECTIVES = ("c10d::", "gloo:")
 
 
 def most_allocated(step: Callable[[], object]) -> int:
@@ -19,19 +20,25 @@ def most_allocated(step: Callable[[], object]) -> int:
 
     What was alive before the step and is freed within it does not count. The profiler knows the
     address of each block, and so which releases are of blocks that it saw allocated; its legacy
-    form does not, and reports releases of older blocks with sizes that may be out of date.
+    form does not, and reports releases of older blocks with sizes that may be out of date. What a
+    collective takes for itself, another thread releases, sometimes unseen: it counts as released
+    when the call returns.
     """
     with _quiet(), profile(profile_memory=True) as record:
         step()
     results: Any = record.kineto_results
     events: list[tuple[int, int, int]] = []
-    waiting = list(reversed(results.experimental_event_tree()))
+    waiting = [(event, 0) for event in reversed(results.experimental_event_tree())]
     while waiting:
-        event = waiting.pop()
+        event, released_at = waiting.pop()
         fields = event.extra_fields
         if hasattr(fields, "alloc_size"):
             events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
-        waiting.extend(reversed(event.children))
+            if released_at and fields.alloc_size > 0:
+                events.append((released_at, fields.ptr, -fields.alloc_size))
+        elif event.name.startswith(_COLLECTIVES):
+            released_at = event.end_time_ns
+        waiting.extend((child, released_at) for child in reversed(event.children))
     events.sort(key=lambda event: event[0])
     blocks: dict[int, int] = {}
     alive = most = 0

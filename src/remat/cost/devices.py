@@ -37,8 +37,8 @@ class Device:
     ---------
     kind: one of `cpu`, `cuda`, `mps`, `rocm`.
     memory_bytes: the device's own memory.
-    usable_bytes: what torch can be given of it, the context included; by default 97 % of
-        `memory_bytes`, as drivers and error correction keep up to 3 %.
+    usable_bytes: what torch can be given of it, the context included; by default 97% of
+        `memory_bytes`, as drivers and error correction keep up to 3%.
     context_bytes: what the device's context takes outside torch's allocator.
     workspace_bytes: what cuBLAS takes from torch's allocator for each thread that multiplies.
     compute_capability: of an NVIDIA device, such as "9.0": it decides which kernels run.

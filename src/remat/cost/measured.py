@@ -54,11 +54,11 @@ def measure_cost(
         seconds = _time_ops(trace, CostModel(device=row), time_limit_s, clock)
     finally:
         restore_random_states(generators)
-    speed = _time_host_copies(torch.device(trace.device_type), clock)
+    speed = time_host_copies(torch.device(trace.device_type), clock)
     return CostModel(device=row, seconds=seconds, host_bytes_per_s=speed)
 
 
-def _time_host_copies(device: torch.device, clock: Callable[[], float]) -> float:
+def time_host_copies(device: torch.device, clock: Callable[[], float]) -> float:
     """Return the bytes per second of a copy to host memory, the median of a few."""
     there = torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=device)
     here = torch.ones(_COPIED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -92,7 +92,7 @@ def _time_ops(
             break
         signature = trace.signatures[number]
         try:
-            seconds = _time_op(signature, device, clock)
+            seconds = time_op(signature, device, clock)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             _log.info("%s could not be timed by itself: %s", signature.name, error)
             continue
@@ -101,9 +101,10 @@ def _time_ops(
     return found
 
 
-def _time_op(
+def time_op(
     signature: OpSignature, device: torch.device, clock: Callable[[], float]
 ) -> float | None:
+    """Time one op by itself, dispatch included; `None` where it cannot run alone."""
     run = replay(signature, device)
     if run is None:
         return None

@@ -12,6 +12,8 @@ from remat.trace.records import OpSignature, TensorMeta
 
 # Kernels that read opaque state written by another call crash on made-up values.
 _UNSAFE = ("rnn", "lstm", "gru")
+_RECURRENT = "aten.mkldnn_rnn_layer.default"
+_RECURRENT_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
 
 # Any: arguments of ops are of many types.
 
@@ -22,18 +24,31 @@ def replay(signature: OpSignature, device: torch.device) -> Callable[[], Any] | 
     Floating point inputs are random, integers zero (valid as indices), booleans true.
     """
     operator = find_operator(signature.name)
-    if any(part in signature.name for part in _UNSAFE):
+    is_known = signature.name in (_RECURRENT, _RECURRENT_BACKWARD)
+    if not is_known and any(part in signature.name for part in _UNSAFE):
         return None
     if operator is None or _holds_opaque((signature.arguments, signature.keywords)):
         return None
     arguments = _build(signature.arguments, device)
     keywords = {key: _build(value, device) for key, value in signature.keywords}
 
+    if signature.name == _RECURRENT_BACKWARD:
+        arguments = _with_reserve(arguments)
+
     def run() -> Any:
-        with torch.no_grad():
+        with torch.set_grad_enabled(is_known):  # recurrent kernels keep a reserve only then
             return operator(*arguments, **keywords)
 
     return run
+
+
+def _with_reserve(given: list[Any]) -> list[Any]:
+    """Give oneDNN's recurrent backward what its forward makes of the same sequence."""
+    reverse, mode, hidden, layers, has_biases, train, both_ways, sizes, is_first = given[13:22]
+    rest = (reverse, sizes, mode, hidden, layers, has_biases, both_ways, is_first, train)
+    with torch.enable_grad():
+        *results, reserve = find_operator(_RECURRENT)(*given[:7], *rest)
+    return [*given[:7], *results, *given[10:22], reserve]
 
 
 def find_operator(name: str) -> Any:

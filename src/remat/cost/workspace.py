@@ -36,8 +36,8 @@ _FREE_IF_DENSE = frozenset({
     "aten.nll_loss_forward", "aten.nll_loss_backward", "aten.embedding",
     "aten.embedding_dense_backward", "aten.cat", "aten.stack",
     "aten.gather", "aten.index_select", "aten.scatter", "aten.arange",
-    "aten.max_pool2d_with_indices", "aten.avg_pool2d", "aten.native_dropout",
-    "aten.slice_backward", "aten.select_backward", "aten.split_with_sizes_copy", "aten.bernoulli_",
+    "aten.max_pool2d_with_indices", "aten.avg_pool2d",
+    "aten.slice_backward", "aten.select_backward", "aten.split_with_sizes_copy",
     "aten.constant_pad_nd", "aten.tril", "aten.triu", "aten.repeat", "aten.roll", "aten.flip",
 })  # fmt: skip
 # Ops that only make, fill or copy memory, whatever the strides.
@@ -50,14 +50,22 @@ _FREE = frozenset({
 })  # fmt: skip
 # Matrix products copy operands of these types into packed layouts.
 _PACKED_DTYPES = frozenset({"bfloat16", "float16"})
-# Which arguments have the examples in their first dimension, where a weight may have as many.
-_EXAMPLES = {"aten.convolution": (0,), "aten.convolution_backward": (0, 1)}
+# Which arguments have the examples in their first dimension, where a weight may have as many; of
+# recurrent layers it is the steps of the sequence.
+_EXAMPLES = {
+    "aten.convolution": (0,), "aten.convolution_backward": (0, 1), "aten.mkldnn_rnn_layer": (0,),
+    "aten.mkldnn_rnn_layer_backward": (0, 7, 10),
+}  # fmt: skip
 
 # Operands above this are replaced by fewer examples, and the workspace extrapolated.
 LARGEST_OPERANDS = 32 * 2**20
 
 # A fact does not change within a process, and measuring it takes milliseconds: keep it.
 _measured: dict[tuple[OpSignature, int], int] = {}
+
+
+# What gloo copies of a collective's arguments, by position, while the call lasts.
+_COPIED_BY_GLOO = {"c10d._allgather_base_": 0, "c10d._reduce_scatter_base_": 1}
 
 
 def measure_workspace(signatures: Iterable[OpSignature]) -> Mapping[OpSignature, int]:
@@ -84,7 +92,10 @@ def _may_take_workspace(signature: OpSignature) -> bool:
     metas = [a for a in signature.arguments if isinstance(a, TensorMeta)]
     if torch.Tag.pointwise in operator.tags or family in _FREE_IF_DENSE:
         is_packed = family in _FREE_IF_DENSE and any(m.dtype in _PACKED_DTYPES for m in metas)
-        return is_packed or not all(_is_dense(m) for m in metas)
+        # Operands of another type than the result are copied first.
+        is_mixed = len({m.dtype for m in metas if m.shape}) > 1 and family not in _FREE_IF_DENSE
+        is_count = family == "aten.sum" and not metas[0].dtype.startswith(("float", "bfloat"))
+        return is_packed or is_mixed or is_count or not all(_is_dense(m) for m in metas)
     return bool(metas)
 
 
@@ -100,6 +111,9 @@ def _is_dense(meta: TensorMeta) -> bool:
 
 def _measure(signature: OpSignature) -> int:
     """Run an op, or smaller ones of its kind, and return its workspace."""
+    copied = _COPIED_BY_GLOO.get(signature.name.rpartition(".")[0])
+    if copied is not None:
+        return moved_bytes(dataclasses.replace(signature, arguments=(signature.arguments[copied],)))
     try:
         shrink = -(-moved_bytes(signature) // LARGEST_OPERANDS)
         if shrink == 1:
@@ -131,6 +145,10 @@ def _measure_once(signature: OpSignature) -> int:
 
 
 def _examples(signature: OpSignature) -> int:
+    known = _EXAMPLES.get(signature.name.rpartition(".")[0])
+    first = signature.arguments[known[0]] if known else None
+    if isinstance(first, TensorMeta):
+        return first.shape[0]
     metas = [a for a in signature.arguments if isinstance(a, TensorMeta) and a.shape]
     return max(metas, key=lambda m: m.num_elements).shape[0]
 

@@ -18,6 +18,7 @@ from remat.planner.records import Plan
 from remat.prove.measure import measure
 from remat.prove.records import MemorySample
 from remat.prove.simulate import simulate
+from remat.prove.story_blocks import story_blocks
 from remat.prove.verify import verify
 from remat.runs.reading import reference_of, relative_time
 from remat.runs.records import FrontPoint, Variant, VariantKind, VariantStatus
@@ -162,7 +163,8 @@ def _checked(subject: Subject, contender: Contender, variant: Variant) -> Varian
     plan = _make_plan(subject, contender)
     is_reference = contender.kind is VariantKind.REFERENCE
     applied = None if is_reference else plan  # the reference is the model as its author wrote it
-    simulation = simulate(model, batch, applied, loss=loss, optimizer=optimizer)
+    blocks = story_blocks(subject.fit.plain.trace)
+    simulation = simulate(model, batch, applied, loss=loss, optimizer=optimizer, blocks=blocks)
     with under_plan(model, applied):
         measurement = measure(model, batch, loss=loss, optimizer=optimizer, steps=1)
     verification = None
@@ -180,6 +182,8 @@ def _checked(subject: Subject, contender: Contender, variant: Variant) -> Varian
             "measured_peak_bytes": measurement.peak_bytes,
             "verification": verification,
             "timeline": tuple(thin_out(simulation.samples)),
+            "peak_by_module": simulation.by_module,
+            "story": simulation.story,
         }
     )
 

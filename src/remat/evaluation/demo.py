@@ -7,7 +7,9 @@ from importlib import resources
 from pathlib import Path
 
 from remat.errors import MissingPackageError, WorkloadError
-from remat.evaluation.evaluate import ProgressFunction, evaluate
+from remat.evaluation.book import ProgressFunction
+from remat.evaluation.evaluate import evaluate
+from remat.evaluation.serving.options import ServingOptions
 from remat.planner.policies import AllBlocks, EveryNth
 from remat.runs.records import Run
 from remat.runs.store import REPORT_FILE, claim_run_dir, new_run_dir
@@ -43,6 +45,7 @@ def run_demo(
         peers=(EveryNth(n=2),),
         front_points=5,
         warmup_rounds=1,
+        serving=ServingOptions(seconds=1.0),
         out=folder,
         progress=progress,
     )

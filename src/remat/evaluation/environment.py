@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import remat
+from remat.calibrating.hardware import processor_name
 from remat.runs.records import Environment
 
 _RECORDED_PACKAGES = ("torch", "numpy", "highspy", "pydantic", "torchmetrics", "transformers")
@@ -24,7 +25,7 @@ def describe_environment(device: torch.device, command: str | None = None) -> En
     return Environment(
         command=command or _command(),
         machine=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
+        processor=processor_name(),
         num_threads=torch.get_num_threads(),
         memory_bytes=_memory_bytes(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -36,17 +37,11 @@ def describe_environment(device: torch.device, command: str | None = None) -> En
 
 
 def _command() -> str:
-    arguments = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
-    return shlex.join(arguments)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    program = [Path(sys.argv[0]).name or "python"]
+    if program == ["__main__.py"]:  # python -m PACKAGE
+        package = getattr(sys.modules["__main__"], "__package__", None)
+        program = ["python", "-m", package] if package else program
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _memory_bytes() -> int | None:

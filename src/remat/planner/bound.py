@@ -9,7 +9,8 @@ an op runs again after it:
 1. A storage whose saved tensor is first read after the cut is resident, or its op runs again.
 2. An op that runs again after the cut needs each of its inputs: alive by itself, resident, not yet
    made, or made by an op that runs again after the cut as well.
-3. What is resident and what is alive by itself is within the budget.
+3. What is resident, packed where it can be (see NOTE [ Packing ]), and what is alive by itself is
+   within the budget.
 4. An op that runs again after any cut runs again: r >= q, the same r for all cuts.
 The least sum of seconds * r, relaxed to fractions, bounds every plan that keeps the order of the
 program's ops, its own references, and autograd's releases, whatever it drops: single ops or whole
@@ -33,12 +34,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remat.cost.model import StepCost
+from remat.planner.packing import find_packings, least_bytes
+from remat.planner.recipes import find_recipes
+from remat.planner.spans import Facts
 from remat.planner.timeline import Timeline
-from remat.trace.records import BASE_KINDS, FORWARD, StepTrace
+from remat.trace.records import BASE_KINDS, EMPTY_OPS, FORWARD, StepTrace
 
 _MIB = float(2**20)
 _NUM_CUTS = 16
-# Smaller storages are taken as alive whenever they are needed: they weigh nothing.
+# Smaller storages are there whenever they are needed, and take no bytes of the budget.
 _CRUMB_BYTES = 4096
 # Most storages looked at over all cuts: the programme's size, half a second on one core.
 _MOST_STORAGES = 8_000
@@ -58,7 +62,7 @@ def lower_bound_seconds(timeline: Timeline, cost: StepCost, budget_bytes: int) -
     over = np.flatnonzero(alive > budget_bytes)
     if not len(over):
         return 0.0
-    needs = _Needs(timeline.trace)
+    needs = _Needs(timeline.trace, cost)
     programme = _BoundProgramme(cost.op_seconds)
     looked_at = 0
     for tick in _cuts(alive, over):
@@ -78,18 +82,27 @@ def _cuts(alive: NDArray[np.int64], over: NDArray[np.int64]) -> list[int]:
 class _Needs:
     """Which storages a trace needs when, and which ops make them from which others."""
 
-    def __init__(self, trace: StepTrace) -> None:
+    def __init__(self, trace: StepTrace, cost: StepCost) -> None:
+        facts = Facts(trace, cost)
+        packings = find_packings(facts, find_recipes(facts).values())
+        self._least: dict[int, int] = {}
         self._ops = trace.ops
         self.births = [storage.birth for storage in trace.storages]
         self.sizes = [storage.size_bytes for storage in trace.storages]
         self._makers: dict[int, int] = {}
+        self._crumbs: set[int] = set()
         for position, op in enumerate(trace.ops):
             if op.phase != FORWARD:
                 continue
             for number in op.fresh:
                 storage = trace.storages[number]
-                if storage.kind not in BASE_KINDS and storage.size_bytes >= _CRUMB_BYTES:
+                if storage.kind in BASE_KINDS:
+                    continue
+                if storage.size_bytes >= _CRUMB_BYTES:
                     self._makers[number] = position
+                    self._least[number] = least_bytes(packings, number, storage.size_bytes)
+                else:
+                    self._crumbs.add(number)
         self._sources: dict[int, tuple[int, ...]] = {}
         self._natural = np.array(
             [(*span, n) for n, s in enumerate(trace.storages) for span in s.intervals],
@@ -99,16 +112,25 @@ class _Needs:
             [(h.pack, h.end, h.unpack, h.storage) for h in trace.handles], dtype=np.int64
         ).reshape(-1, 4)
 
+    def least_bytes(self, storage: int) -> int:
+        """Return what a storage that a forward op makes takes at least, while it waits."""
+        return self._least[storage]
+
     def maker(self, storage: int) -> int | None:
         """Return the forward op that makes a storage, or `None` if it counts as given."""
         return self._makers.get(storage)
+
+    def crumbs(self, storages: set[int]) -> set[int]:
+        """Return those of some storages that forward ops make and that are too small to count."""
+        return storages & self._crumbs
 
     def sources(self, op: int) -> tuple[int, ...]:
         """Return the storages that other forward ops make and this one reads."""
         known = self._sources.get(op)
         if known is None:
             record = self._ops[op]
-            read = set(record.inputs).difference(record.fresh)
+            given = () if record.name in EMPTY_OPS else record.inputs
+            read = set(given).difference(record.fresh)
             known = tuple(sorted(s for s in read if self._makers.get(s, op) != op))
             self._sources[op] = known
         return known
@@ -147,9 +169,9 @@ class _BoundProgramme:
         `spare_bytes` is the budget less what is alive at the tick when everything is kept.
         """
         alive = needs.alive(tick)
+        saved = needs.saved(tick)
         held, read_later = (
-            {s for s in group if s not in alive and needs.maker(s) is not None}
-            for group in needs.saved(tick)
+            {s for s in group if s not in alive and needs.maker(s) is not None} for group in saved
         )
         resident: dict[int, int] = {}
         after: dict[int, int] = {}  # op -> column of q
@@ -178,9 +200,9 @@ class _BoundProgramme:
                 again = runs_after(_made_by(needs, storage))
                 terms = ((is_resident(storage), 1.0), (again, 1.0), (after[op], -1.0))
                 self._row(terms, low=0.0)
-        spare_bytes += sum(needs.sizes[storage] for storage in held)
+        spare_bytes += sum(needs.sizes[s] for s in held | needs.crumbs(saved[0] - alive))
         self._row(
-            ((column, needs.sizes[s] / _MIB) for s, column in resident.items()),
+            ((column, needs.least_bytes(s) / _MIB) for s, column in resident.items()),
             high=spare_bytes / _MIB,
         )
         return len(resident)

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from remat.cost.calibration import ErrorBar
 from remat.planner.records import Fingerprint, Plan, Region, TensorSignature
 from remat.units import format_bytes, format_seconds
 
@@ -84,6 +85,10 @@ def figures(plan: Plan) -> Iterator[tuple[str, str, str]]:
         allowed = f"of {format_bytes(plan.host_budget_bytes)} allowed"
         copies = f"{format_seconds(plan.transfer_seconds)} of copies that nothing hides"
         yield "host memory", format_bytes(plan.host_bytes), f"{allowed}; {copies}"
+    if plan.packed_bytes:
+        passes = f"{format_seconds(plan.packing_seconds)} of the overhead"
+        remark = f"draws, masks and positions in fewer bits, without loss: {passes}"
+        yield "packed", format_bytes(plan.packed_bytes), remark
     source = f" ({plan.cost_source})" if plan.cost_source else ""
     extra = (
         f"{format_seconds(plan.recompute_seconds)} more than" if plan.regions else "no more than"
@@ -93,12 +98,21 @@ def figures(plan: Plan) -> Iterator[tuple[str, str, str]]:
         f"{plan.recompute_fraction:.1%}",
         f"of the forward pass: {extra} the {format_seconds(plan.step_seconds)} of a step{source}",
     )
+    if plan.step_error_bar is not None:
+        yield "step time", *_step_time(plan, plan.step_error_bar)
     yield (
         "lower bound",
         f"{plan.lower_bound_fraction:.1%}",
         f"no recomputation of any kind can cost less; gap {plan.gap:.1%}",
     )
     yield "outcome", plan.outcome.value.replace("_", " "), plan.outcome.sentence
+
+
+def _step_time(plan: Plan, bar: ErrorBar) -> tuple[str, str]:
+    predicted = plan.predicted_step_seconds
+    low, high = (format_seconds(ratio * predicted) for ratio in (bar.low_ratio, bar.high_ratio))
+    remark = f"where {bar.level:.0%} of measurements lie, by {bar.num_trials} earlier ones; "
+    return f"{low} \N{EN DASH} {high}", f"{remark}predicted {format_seconds(predicted)}"
 
 
 def peak_shares(plan: Plan) -> list[tuple[str, int, float]]:
@@ -126,7 +140,7 @@ def group_regions(plan: Plan) -> list[RegionGroup]:
     """Put decisions together that are alike on modules whose names differ in their first number.
 
     Alike: the same module path but for that number, the same call, as many calls as one region,
-    and bytes and seconds within 5 %. Groups come in the order of their first region.
+    and bytes and seconds within 5%. Groups come in the order of their first region.
     """
     groups: list[list[tuple[int | None, Region]]] = []
     open_groups: dict[tuple[object, ...], list[list[tuple[int | None, Region]]]] = {}
@@ -134,7 +148,8 @@ def group_regions(plan: Plan) -> list[RegionGroup]:
         template, number = _split_number(region.module)
         kind = (
             len(region.followers), region.is_nested, region.draws_random_numbers,
-            region.is_recomputed, region.offload is None,
+            region.is_recomputed, region.offload is None, len(region.dropped_ops),
+            len(region.packed_ops),
         )  # fmt: skip
         similar = open_groups.setdefault((template, region.call, *kind), [])
         home = next((group for group in similar if _alike(group[0][1], region)), None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from remat.cost.model import SELECTIVE_OP_OVERHEAD_S
 from remat.planner.records import Hazard, Region, SavedOp
 from remat.planner.spans import Facts, Span
 from remat.trace.records import BASE_KINDS, FORWARD
@@ -13,10 +12,6 @@ from remat.trace.records import BASE_KINDS, FORWARD
 # Bytes of generator state that checkpointing keeps for each region that draws (CPU: Mersenne
 # twister, `torch.get_rng_state().numel()`); fake tensors do not show them.
 RNG_STATE_BYTES = 5056
-
-# Ops whose price per saved byte is within this factor are saved together or not at all.
-_SAME_PRICE = 1.25
-_MOST_VARIANTS = 5
 
 _NO_PART = -1
 
@@ -48,13 +43,14 @@ class Option:
     """A module call, or a run of calls, as a region, with the regions nested in it.
 
     `holds` are (storage, first tick, last tick) of what it keeps alive: its inputs until the last
-    of its saved tensors is released, and the results of `saved_ops` until recomputation takes them.
+    of its saved tensors is released.
     `kept` are (first tick, last tick, bytes) of snapshots of buffers and random states. `replays`
     are (tick, bytes): the most that a recomputation holds beside what is alive then.
     `inner_inputs` are (storage, part, first tick, last tick) of copies that nested regions hold as
     their inputs, made again by the recomputation of that part. `away` are the storages that wait in
-    host memory, with the tick from which a copy is back on the device; where an option is not
-    `is_recomputed`, nothing else changes (see `remat.planner.offload`).
+    host memory, or were dropped by themselves, with the tick from which a copy is back; where an
+    option is not `is_recomputed`, all else is held (see `remat.planner.offload` and
+    `remat.planner.dropping`).
     """
 
     call: int
@@ -69,7 +65,6 @@ class Option:
     kept: tuple[tuple[int, int, int], ...]
     replays: tuple[tuple[int, int], ...]
     inner_inputs: tuple[tuple[int, int, int, int], ...]
-    cached: frozenset[int]
     is_recomputed: bool = True
     away: Mapping[int, int] = field(default_factory=dict)
     host_bytes: int = 0
@@ -80,14 +75,17 @@ class Option:
         return self.parts[0].span.calls
 
     @property
-    def saved_ops(self) -> tuple[SavedOp, ...]:
-        """The ops whose results are kept."""
-        return self.parts[0].region.saved_ops
+    def dropped_ops(self) -> tuple[SavedOp, ...]:
+        """The ops whose results alone are dropped."""
+        return self.parts[0].region.dropped_ops
+
+    @property
+    def packed_ops(self) -> tuple[SavedOp, ...]:
+        """The ops whose results are kept in fewer bits."""
+        return self.parts[0].region.packed_ops
 
     def owner(self, part: int, storage: int) -> int:
         """Return which part makes a storage anew, from a part outwards; -1 if none does."""
-        if storage in self.cached:
-            return _NO_PART
         while part >= 0:
             found = self.parts[part]
             if found.first_storage <= storage < found.stop_storage:
@@ -128,23 +126,27 @@ class OptionSet:
     hazards: tuple[Hazard, ...]
 
 
-def find_options(facts: Facts, *, keep: frozenset[int] = frozenset()) -> OptionSet:
-    """List the module calls that may be recomputed, whole or but for some saved ops.
+def find_options(
+    facts: Facts, *, keep: frozenset[int] = frozenset(), only_kept: bool = False
+) -> OptionSet:
+    """List the module calls that may be recomputed.
 
     Calls whose recomputation frees nothing (a linear layer saves its input, which must be held
     anyway) and all but one of calls that save the same tensors are left out, except those in
-    `keep`.
+    `keep`. With `only_kept`, these alone are listed.
     """
     builder = OptionBuilder(facts)
     options: list[Option] = []
     hazards: list[Hazard] = []
     seen: dict[tuple[int, int], int] = {}
     for number, call in enumerate(facts.trace.calls):
+        if only_kept and number not in keep:
+            continue
         if call.phase != FORWARD or not call.module or not call.uses_grad or call.stop_op < 0:
             continue
         span = Span((number,))
         handles = facts.handles(span)
-        if handles[0] == handles[1]:
+        if handles[0] == handles[1] or facts.gathers(span):
             continue
         reason = facts.refusal(span)
         if reason is not None:
@@ -163,8 +165,6 @@ def find_options(facts: Facts, *, keep: frozenset[int] = frozenset()) -> OptionS
                 continue
             seen[handles] = len(options)
         options.append(option)
-    for option in list(options):
-        options.extend(builder.selective(option))
     return OptionSet(tuple(options), tuple(hazards))
 
 
@@ -176,27 +176,20 @@ class OptionBuilder:
         self.trace = facts.trace
         self.cost = facts.cost
 
-    def option(self, span: Span, saved: frozenset[int] = frozenset()) -> Option | None:
-        """Describe a span as a region; `None` if backward reads nothing that it saved.
-
-        `saved` are the positions of ops whose results are kept; only without nested regions.
-        """
+    def option(self, span: Span) -> Option | None:
+        """Describe a span as a region; `None` if backward reads nothing that it saved."""
         parts: list[Part] = []
-        self._add_parts(parts, span, _NO_PART, saved)
+        self._add_parts(parts, span, _NO_PART)
         if not parts:
             return None
         root = parts[0]
         start, end = self.facts.ticks(span)
-        cached = frozenset(s for position in saved for s in self.trace.ops[position].fresh)
         seconds = sum(self.facts.seconds(part.first_op, part.stop_op) for part in parts)
         overhead = 0.0
         for part in parts:
-            overhead += self.cost.region_overhead_s * (1 + (part.parent >= 0))
+            overhead += self.cost.bookkeeping.region * (1 + (part.parent >= 0))
             num_handles = part.stop_handle - part.first_handle
-            overhead += self.cost.saved_tensor_overhead_s * num_handles
-        if saved:
-            seconds -= sum(self.cost.op_seconds[position] for position in saved)
-            overhead += SELECTIVE_OP_OVERHEAD_S * (root.stop_op - root.first_op)
+            overhead += self.cost.bookkeeping.saved_tensor * num_handles
         return Option(
             call=span.calls[0],
             module=root.region.module,
@@ -206,40 +199,15 @@ class OptionBuilder:
             part_of=self._part_of(parts),
             seconds=seconds,
             overhead_seconds=overhead,
-            holds=(
-                *(
-                    (s, start, root.release)
-                    for s in self.facts.inputs(span)
-                    if self.trace.storages[s].kind not in BASE_KINDS
-                ),
-                *((s, self.trace.storages[s].birth, root.back_at) for s in sorted(cached)),
+            holds=tuple(
+                (s, start, root.release)
+                for s in self.facts.inputs(span)
+                if self.trace.storages[s].kind not in BASE_KINDS
             ),
             kept=tuple(self._snapshots(parts)),
-            replays=tuple(self._replays(parts, saved)),
+            replays=tuple(self._replays(parts)),
             inner_inputs=tuple(self._inner_inputs(parts)),
-            cached=cached,
         )
-
-    def selective(self, option: Option) -> Iterator[Option]:
-        """Yield variants of a region that save the results of its dearest ops.
-
-        Ops are ranked by the seconds that saving one byte of their result saves; each variant
-        saves all ops from the dearest down to some price. Ops that draw, write in place, or whose
-        result is written to later are never saved.
-        """
-        ranked = sorted(self._savable(option), key=lambda item: -item[0])
-        groups: list[tuple[float, list[int]]] = []
-        for price, position in ranked:
-            if groups and price > groups[-1][0] / _SAME_PRICE:
-                groups[-1][1].append(position)
-            else:
-                groups.append((price, [position]))
-        chosen: list[int] = []
-        for _, positions in groups[:_MOST_VARIANTS]:
-            chosen += positions
-            made = self.option(option.parts[0].span, frozenset(chosen))
-            if made is not None and made.seconds > 0 and self.drops_anything(made):
-                yield made
 
     def drops_anything(self, option: Option) -> bool:
         """Whether any bytes that are made inside are held by saved tensors alone."""
@@ -248,19 +216,9 @@ class OptionBuilder:
         dropped = {h.storage for h in handles if option.owns(h.storage)}
         return any(self.trace.storages[s].size_bytes for s in dropped)
 
-    def _savable(self, option: Option) -> Iterator[tuple[float, int]]:
-        for position in range(option.parts[0].first_op, option.parts[0].stop_op):
-            op = self.trace.ops[position]
-            size = sum(self.trace.storages[s].size_bytes for s in op.fresh)
-            if not size or op.is_random or op.mutated or not op.flops:
-                continue
-            if any(self.facts.writes.get(s) for s in op.fresh):
-                continue
-            yield self.cost.op_seconds[position] / size, position
-
     # -- parts ------------------------------------------------------------------------------------
 
-    def _add_parts(self, parts: list[Part], span: Span, parent: int, saved: frozenset[int]) -> None:
+    def _add_parts(self, parts: list[Part], span: Span, parent: int) -> None:
         """Describe a span and those nested in it, the outer before the inner."""
         first_handle, stop_handle = self.facts.handles(span)
         handles = self.trace.handles[first_handle:stop_handle]
@@ -285,13 +243,13 @@ class OptionBuilder:
                 first_handle=first_handle, stop_handle=stop_handle,
                 first_storage=first_storage, stop_storage=stop_storage,
                 back_at=min(unpacked), release=max(h.end for h in handles),
-                region=self._region(span, saved, is_nested=parent >= 0),
+                region=self._region(span, is_nested=parent >= 0),
             )
         )  # fmt: skip
         for child in span.children:
-            self._add_parts(parts, child, position, saved)
+            self._add_parts(parts, child, position)
 
-    def _region(self, span: Span, saved: frozenset[int], *, is_nested: bool) -> Region:
+    def _region(self, span: Span, *, is_nested: bool) -> Region:
         first_op, stop_op = self.facts.ops(span)
         ops = self.trace.ops[first_op:stop_op]
         names = dict.fromkeys(
@@ -313,7 +271,6 @@ class OptionBuilder:
             draws_random_numbers=any(op.is_random for op in ops),
             draws_python_random=any(self.trace.calls[c].draws_python_random for c in span.calls),
             mutated_buffers=tuple(names),
-            saved_ops=self._saved_ops(first_op, stop_op, saved),
         )
 
     def _passed(self, span: Span) -> tuple[int, int]:
@@ -324,13 +281,13 @@ class OptionBuilder:
         result = one.results.tensors[0]
         return two.arguments.names.index(one.results.names[result]), result
 
-    def _saved_ops(self, first_op: int, stop_op: int, saved: frozenset[int]) -> tuple[SavedOp, ...]:
+    def named(self, first_op: int, stop_op: int, chosen: frozenset[int]) -> tuple[SavedOp, ...]:
         """Name ops by their occurrence within the call, which holds in any run of it."""
         counts: dict[str, int] = {}
         named = []
         for position in range(first_op, stop_op):
             name = self.trace.ops[position].name
-            if position in saved:
+            if position in chosen:
                 named.append(SavedOp(name=name, occurrence=counts.get(name, 0)))
             counts[name] = counts.get(name, 0) + 1
         return tuple(named)
@@ -377,10 +334,10 @@ class OptionBuilder:
         size = sum(self.trace.storages[storage].size_bytes for storage in written)
         return size + RNG_STATE_BYTES * part.region.draws_random_numbers
 
-    def _replays(self, parts: list[Part], saved: frozenset[int]) -> Iterator[tuple[int, int]]:
+    def _replays(self, parts: list[Part]) -> Iterator[tuple[int, int]]:
         left: list[int] = []
         for part in parts:
-            most, remains = self._replay_bytes(part, parts, saved)
+            most, remains = self._replay_bytes(part, parts)
             # While it runs again, the present random state is kept aside, buffers are copies, and
             # the regions inside that begin take their snapshots a second time.
             most += self._snapshot_bytes(part)
@@ -391,16 +348,13 @@ class OptionBuilder:
             left.append(same + remains)
             yield part.back_at, same + most
 
-    def _replay_bytes(
-        self, part: Part, parts: list[Part], saved: frozenset[int]
-    ) -> tuple[int, int]:
+    def _replay_bytes(self, part: Part, parts: list[Part]) -> tuple[int, int]:
         """Return the most bytes that running a part again holds, and what of them remains."""
         first_op, stop_op = part.first_op, part.stop_op
         if stop_op <= first_op:
             return 0, 0
         last = self.facts.op_ticks[stop_op - 1]
         packed = self._packed_in(part, parts)
-        cached = {s for position in saved for s in self.trace.ops[position].fresh}
         changes: dict[int, int] = {}
         remains = 0
         for number in range(part.first_storage, part.stop_storage):
@@ -408,18 +362,13 @@ class OptionBuilder:
             if storage.birth > last:
                 continue
             dead = max((d for b, d in storage.intervals if b <= last), default=storage.birth)
-            if number in cached:
-                # Alive before; gone once it was taken, unless something else holds it.
-                if number not in self.facts.is_saved and dead < last:
-                    changes[dead + 1] = changes.get(dead + 1, 0) - storage.size_bytes
-                continue
             if number in packed:
                 remains += storage.size_bytes
                 dead = last if packed[number] <= dead + 1 or packed[number] <= last else dead
             changes[storage.birth] = changes.get(storage.birth, 0) + storage.size_bytes
             changes[dead + 1] = changes.get(dead + 1, 0) - storage.size_bytes
         for position in range(first_op, stop_op):
-            workspace = 0 if position in saved else self.cost.op_workspace[position]
+            workspace = self.cost.op_workspace[position]
             if workspace:
                 tick = self.facts.op_ticks[position]
                 changes[tick] = changes.get(tick, 0) + workspace

@@ -8,6 +8,7 @@ symmetries by itself, and such constraints hide them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -110,11 +111,11 @@ class Programme:
         self._highs.setSolution(solution)
 
     def solve(self, *, relative_gap: float, most_work: int, time_limit_s: float) -> Result:
-        """Search until the gap is closed, the work is done, or the time is over."""
+        """Search until the gap is closed, the work is done, or this thread has used the time."""
         nonzeros = max(1, self._highs.getNumNz())
         self._highs.setOptionValue("mip_max_nodes", max(1, most_work // nonzeros))
         self._highs.setOptionValue("mip_rel_gap", relative_gap)
-        self._highs.setOptionValue("time_limit", max(time_limit_s, 0.1))
+        self._interrupt_after(time_limit_s)
         self._highs.run()
         status = self._highs.getModelStatus()
         info = self._highs.getInfo()
@@ -136,6 +137,17 @@ class Programme:
             is_cut_short=status != highspy.HighsModelStatus.kOptimal,
             work=int(info.mip_node_count) * nonzeros,
         )
+
+    def _interrupt_after(self, seconds: float) -> None:
+        """Stop the search after so many seconds of this thread's own: HiGHS' limit is wall time."""
+        end = time.thread_time() + max(seconds, 0.1)
+
+        def check(event: highspy.highs.HighsCallbackEvent) -> None:
+            if time.thread_time() >= end:
+                assert event.data_in is not None  # there in every callback that may interrupt
+                event.data_in.user_interrupt = True
+
+        self._highs.cbMipInterrupt.subscribe(check)
 
     # -- writing the programme --------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from remat.cost.calibration import ErrorBar
 from remat.files import Record
 from remat.units import format_bytes, format_seconds
 
@@ -60,6 +61,19 @@ class SavedOp(Record):
     occurrence: int = Field(ge=0)
 
 
+class Prefetch(Record):
+    """Copies back to the device that begin before they are read.
+
+    They begin when backward comes to the result of a module call further on, whatever is decided
+    for that one.
+    """
+
+    module: str = Field(description="Module whose result backward comes to.")
+    call: int = Field(default=0, ge=0, description="Which call of that module within one step.")
+    num_calls: int = Field(default=1, ge=1, description="Calls of that module within one step.")
+    num_tensors: int = Field(ge=1, description="How many, in the order of `tensors`.")
+
+
 class Offload(Record):
     """What one module call keeps in host memory between forward and backward.
 
@@ -75,6 +89,9 @@ class Offload(Record):
     transfer_seconds: float = Field(
         default=0.0, ge=0, description="Time of the copies that no computation hides."
     )
+    prefetch: Prefetch | None = Field(
+        default=None, description="What is fetched before it is read; none: when it is read."
+    )
 
 
 class Region(Record):
@@ -82,6 +99,10 @@ class Region(Record):
 
     With `offload` its inputs wait in host memory; where it is not `is_recomputed`, what it saved
     waits there instead, and nothing runs again.
+
+    With `dropped_ops` or `packed_ops` it is not run again as a whole: the results of the former are
+    dropped, and each is made again when backward reads it; those of the latter are kept in fewer
+    bits, and come back from these.
 
     With `followers` it is a run: consecutive calls, each given what the one before returned, that
     are dropped and recomputed as one.
@@ -115,6 +136,25 @@ class Region(Record):
     saved_ops: tuple[SavedOp, ...] = Field(
         default=(), description="Ops whose results are kept; the rest is recomputed."
     )
+    dropped_ops: tuple[SavedOp, ...] = Field(
+        default=(),
+        description="Ops whose results alone are dropped and made again, one by one; the module's "
+        "forward does not run again.",
+    )
+    packed_ops: tuple[SavedOp, ...] = Field(
+        default=(),
+        description="Ops whose results are kept in fewer bits, without loss: what a dropout drew, "
+        "booleans, positions of a pooling.",
+    )
+    packed_bytes: int = Field(default=0, ge=0, description="Bytes that the packed results take.")
+    packing_seconds: float = Field(
+        default=0.0, ge=0, description="Time of packing and unpacking, part of the overhead."
+    )
+    spans_blocks: bool = Field(
+        default=False,
+        description="It is the model, or holds several of its blocks: under torch.compile it "
+        "runs eagerly.",
+    )
     is_recomputed: bool = Field(
         default=True, description="Its forward runs again; else what it saved is offloaded."
     )
@@ -129,6 +169,7 @@ class RewriteKind(str, enum.Enum):
 
     LOSS_HEAD = "loss_head"
     SLICED_CALL = "sliced_call"
+    SLICED_TOKENS = "sliced_tokens"
 
 
 class Rewrite(Record):
@@ -136,7 +177,8 @@ class Rewrite(Record):
 
     A loss head: the projection to classes and the cross entropy after it run together, slice by
     slice along the rows, and only one slice's logits are alive. A sliced call: the module runs on
-    one slice of the batch after the other, each recomputed in backward. Sums are added in another
+    one slice of the batch after the other, each recomputed in backward. Sliced tokens: the same
+    along the rows of a module that treats each of them by itself. Sums are added in another
     order, so that the loss and the gradients of the parameters in `affects` may differ in their
     last bits from those of the step without the plan; every other result is the same.
     """
@@ -225,6 +267,10 @@ class Plan(Record):
         default=0, description="Held on the device outside the allocator: the CUDA context."
     )
     cost_source: str = Field(default="", description="Where the seconds come from.")
+    step_error_bar: ErrorBar | None = Field(
+        default=None,
+        description="Measured over predicted step time, learnt from earlier runs on the device.",
+    )
     plan_seconds: float = Field(default=0.0, description="Time that planning took.")
     replaces_checkpointing: bool = Field(
         default=False,
@@ -234,6 +280,11 @@ class Plan(Record):
         default=None, ge=1, description="Most bytes of host memory; none if nothing is offloaded."
     )
     notes: tuple[str, ...] = ()
+
+    @property
+    def predicted_step_seconds(self) -> float:
+        """Estimated time of a step under the plan."""
+        return self.step_seconds + self.recompute_seconds
 
     @property
     def offloads(self) -> tuple[Region, ...]:
@@ -249,6 +300,16 @@ class Plan(Record):
     def transfer_seconds(self) -> float:
         """Time of copies to and from the host that no computation hides, part of the overhead."""
         return sum(r.offload.transfer_seconds for r in self.regions if r.offload is not None)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of results that are kept packed between forward and backward."""
+        return sum(region.packed_bytes for region in self.regions)
+
+    @property
+    def packing_seconds(self) -> float:
+        """Time of packing and unpacking them, part of the overhead."""
+        return sum(region.packing_seconds for region in self.regions)
 
     def __str__(self) -> str:
         from remat.planner.describe import describe_plan
@@ -269,9 +330,10 @@ class Plan(Record):
                 f"{format_bytes(self.budget_bytes)}."
             )
         count = sum(region.is_recomputed for region in self.regions)
+        regions = "1 region is" if count == 1 else f"{count} regions are"
         moved = f" and {format_bytes(self.host_bytes)} wait on the host" if self.offloads else ""
         return (
-            f"{sliced}{count} regions are recomputed{moved}: peak "
+            f"{sliced}{regions} recomputed{moved}: peak "
             f"{format_bytes(self.predicted_peak_bytes)} instead of "
             f"{format_bytes(self.keep_all_peak_bytes)}, for {self.recompute_fraction:.1%} of the "
             f"forward pass again ({format_seconds(self.recompute_seconds)} per step)."

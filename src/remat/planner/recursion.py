@@ -61,33 +61,39 @@ class Stages:
         return _longest_alike(self) == (0, len(self.calls))
 
 
-def find_recursions(facts: Facts) -> tuple[tuple[Option, ...], ...]:
+def find_recursions(facts: Facts, bare: Timeline) -> tuple[tuple[Option, ...], ...]:
     """Return plans for every long chain of a step: nested ones and tilings by runs of one length.
 
-    Of each chain those that no other plan for it beats in both peak and cost.
+    Of each chain those that no other plan for it beats in both peak and cost. `bare` is the step's
+    timeline, with any options.
     """
-    bare = Timeline(facts.trace, facts.cost, ())
+    refused: dict[Span, bool] = {}
+
+    def may_run(forest: Forest) -> bool:
+        for span in forest:
+            if span not in refused:
+                refused[span] = facts.refusal(span) is not None or not may_run(span.children)
+            if refused[span]:
+                return False
+        return True
+
     found: list[tuple[Option, ...]] = []
     for chain in find_chains(facts.trace):
         first, stop = facts.handles(Span(chain))
         if len(chain) >= _SHORTEST_CHAIN and stop > first:
             forests = [tuple(Span(run) for run in runs) for runs in tilings(chain)]
             forests += find_forests(bare, facts, chain)
-            found += _unbeaten(facts, [f for f in forests if _may_run(facts, f)])
+            found += _unbeaten(facts, bare, [f for f in forests if may_run(f)])
     return tuple(found)
 
 
-def _may_run(facts: Facts, forest: Forest) -> bool:
-    return all(facts.refusal(span) is None and _may_run(facts, span.children) for span in forest)
-
-
-def _unbeaten(facts: Facts, forests: list[Forest]) -> Iterator[tuple[Option, ...]]:
+def _unbeaten(facts: Facts, bare: Timeline, forests: list[Forest]) -> Iterator[tuple[Option, ...]]:
     """Yield the plans of one chain that are the cheapest at their exact peak."""
     builder = OptionBuilder(facts)
     roots = dict.fromkeys(span for forest in forests for span in forest)
     options = {span: made for span in roots if (made := builder.option(span)) is not None}
     position = {span: number for number, span in enumerate(options)}
-    timeline = Timeline(facts.trace, facts.cost, tuple(options.values()))
+    timeline = bare.with_options(tuple(options.values()))
     ranked = []
     for forest in forests:
         chosen = [span for span in forest if span in options]

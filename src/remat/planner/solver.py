@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from remat.planner.programme import MIB, Programme, cliques
+from remat.planner.folding import Folding
+from remat.planner.programme import MIB, Programme, Result
 from remat.planner.records import Outcome
 from remat.planner.rows import Row, RowBuilder, host_row
 from remat.planner.timeline import Curve, Timeline
@@ -46,7 +47,8 @@ class Solver:
 
     The same call gives the same solution, whatever was solved before and however fast the machine
     is: a call ends after `most_work`, nodes of the search tree times nonzeros of the programme.
-    Only `time_limit_s`, the limit in seconds of one call's searches together, depends on the clock.
+    Only `time_limit_s`, the limit of one call's searches together, depends on the processor: they
+    are seconds of this thread's own, so that other work on the machine changes no plan.
     """
 
     def __init__(
@@ -55,20 +57,25 @@ class Solver:
         *,
         time_limit_s: float = 10.0,
         most_work: int = MOST_WORK,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.thread_time,
         host_budget_bytes: int | None = None,
+        folding: Folding | None = None,
     ) -> None:
         self.timeline = timeline
         self.options = timeline.options
         # To the picosecond: blocks that are alike differ in the last digits of their sums, and a
         # choice must not look dearer for that.
         self._costs = [round(o.seconds + o.overhead_seconds, 12) for o in self.options]
-        self._cliques = cliques((o.start, o.end) for o in self.options)
+        self._folding = folding or Folding.of_each(len(self.options))
+        self._column_costs = self._folding.costs(self._costs)
+        self._cliques = self._folding.cliques(self.options)
         self._builder = RowBuilder(timeline)
         self._rows: dict[int, Row] = {}
+        self._column_rows: dict[int, Row] = {}
         self._host_rows: list[Row] = []
         if host_budget_bytes is not None:
-            self._host_rows.append(host_row(timeline.options, host_budget_bytes))
+            row = host_row(timeline.options, host_budget_bytes)
+            self._host_rows.append(self._folding.row(row))
         self._time_limit_s = time_limit_s
         self.most_work = most_work
         self._clock = clock
@@ -102,7 +109,7 @@ class Solver:
             solution = search.run(gap)
             if solution is None or solution.outcome is not Outcome.OPTIMAL:
                 break
-        return solution
+        return self._judged(solution) if solution is not None else None
 
     def least_peak(self, candidates: Iterable[frozenset[int]] = ()) -> Solution:
         """Return the choice with the lowest peak that was found."""
@@ -113,27 +120,38 @@ class Solver:
         outcome = Outcome.TIMED_OUT
         while (remaining := deadline - self._clock()) > 0:
             programme = self.programme(ticks, None)
-            programme.start_from(best.chosen, best.peak_bytes)
+            self.start(programme, best)
             result = programme.solve(
                 relative_gap=_GAPS[-1], most_work=self.most_work, time_limit_s=remaining
             )
             solves += 1
-            if result.chosen is None:
+            chosen = self.chosen(result)
+            if chosen is None:
                 break
-            curve = self.timeline.curve(result.chosen)
-            found = self.measured(result.chosen, curve)
+            curve = self.timeline.curve(chosen)
+            found = self.measured(chosen, curve)
             if (found.peak_bytes, found.seconds) < (best.peak_bytes, best.seconds):
                 best = found
             if best.peak_bytes <= result.bound * MIB * (1 + 1e-4):
                 outcome = Outcome.OPTIMAL
                 break
-            limit = int(result.bound * MIB) if result.is_cut_short else result.peak_bytes
+            # A search that is cut short at once knows no bound: minus infinity.
+            bound_bytes = int(max(result.bound, 0.0) * MIB)
+            limit = bound_bytes if result.is_cut_short else result.peak_bytes
             fresh = {tick for tick, _ in self.violations(curve, limit)} - ticks
             if not fresh:
                 outcome = Outcome.FEASIBLE
                 break
             ticks |= fresh
-        return dataclasses.replace(best, outcome=outcome, num_rows=len(ticks), num_solves=solves)
+        return self._judged(
+            dataclasses.replace(best, outcome=outcome, num_rows=len(ticks), num_solves=solves)
+        )
+
+    def _judged(self, solution: Solution) -> Solution:
+        """Take back the claim of an optimum where the programme had not every choice."""
+        if self._folding.has_every_choice or solution.outcome is not Outcome.OPTIMAL:
+            return solution
+        return dataclasses.replace(solution, outcome=Outcome.FEASIBLE, bound_seconds=0.0)
 
     def _least_of(self, candidates: Iterable[frozenset[int]]) -> Solution:
         """Return the candidate with the lowest peak, looking at no more curves than needed."""
@@ -162,18 +180,29 @@ class Solver:
             known = self._rows[tick] = self._builder.row(tick)
         return known
 
+    def start(self, programme: Programme, best: Solution) -> None:
+        """Give a search the best solution so far to start from, if it has the columns for it."""
+        columns = self._folding.folded(best.chosen)
+        if columns is not None:
+            programme.start_from(columns, best.peak_bytes)
+
+    def chosen(self, result: Result) -> frozenset[int] | None:
+        """Return the options that a search found, if it found any choice."""
+        return None if result.chosen is None else self._folding.unfolded(result.chosen)
+
     def programme(
         self, ticks: Iterable[int], budget_bytes: int | None, slack: dict[int, int] | None = None
     ) -> Programme:
         """Write the programme with the rows of these ticks, tighter by `slack` bytes of a tick."""
         rows = list(self._host_rows)
         for tick in sorted(ticks):
-            row = self.row(tick)
+            row = self._column_rows.get(tick) or self._folding.row(self.row(tick))
+            self._column_rows[tick] = row
             tighter = (slack or {}).get(tick, 0)
             rows.append(
                 dataclasses.replace(row, constant=row.constant + tighter) if tighter else row
             )
-        return Programme(self._costs, self._cliques, rows, budget_bytes=budget_bytes)
+        return Programme(self._column_costs, self._cliques, rows, budget_bytes=budget_bytes)
 
     def measured(self, chosen: frozenset[int], curve: Curve | None = None) -> Solution:
         """Return a choice with its cost and peak, not yet compared with others."""
@@ -202,7 +231,7 @@ class Solver:
         return found
 
     def deadline(self) -> Callable[[], float]:
-        """Start the clock; what is returned tells the seconds that remain of the limit."""
+        """Start the limit; what is returned tells the seconds that remain of the limit."""
         end = self._clock() + self._time_limit_s
         return lambda: end - self._clock()
 
@@ -251,7 +280,7 @@ class _Search:
                 return self.ended(Outcome.FEASIBLE)
             programme = self._solver.programme(self._ticks, self._budget, self._slack)
             if self.best is not None:
-                programme.start_from(self.best.chosen)
+                self._solver.start(programme, self.best)
             result = programme.solve(
                 relative_gap=relative_gap, most_work=self._work, time_limit_s=remaining
             )
@@ -261,13 +290,14 @@ class _Search:
                 return self.ended(Outcome.FEASIBLE) if self._slack else None
             if not self._slack:
                 self._bound = max(self._bound, result.bound)
-            if result.chosen is None:
+            chosen = self._solver.chosen(result)
+            if chosen is None:
                 return self.ended(self._cut_short())
-            curve = self._solver.timeline.curve(result.chosen)
+            curve = self._solver.timeline.curve(chosen)
             if curve.peak_bytes > self._budget:
                 self.add_rows(curve)
                 continue
-            found = self._solver.measured(result.chosen, curve)
+            found = self._solver.measured(chosen, curve)
             if self.best is None or found.seconds < self.best.seconds:
                 self.best = found
             if result.is_cut_short:

@@ -7,7 +7,15 @@ from collections import Counter
 from dataclasses import dataclass
 
 from remat.cost.model import StepCost
-from remat.trace.records import FORWARD, Op, StepTrace
+from remat.trace.records import (
+    BASE_KINDS,
+    BATCH,
+    EMPTY_OPS,
+    FORWARD,
+    WRAPPED_KINDS,
+    Op,
+    StepTrace,
+)
 
 # A recomputation of these would not give the same values.
 _NOT_REPLAYABLE = {
@@ -37,7 +45,6 @@ class Facts:
     def __init__(self, trace: StepTrace, cost: StepCost) -> None:
         self.trace = trace
         self.cost = cost
-        self.is_saved = {h.storage for h in trace.handles}
         self.op_ticks = [op.tick for op in trace.ops]
         self.writes: dict[int, list[int]] = {}
         for op in trace.ops:
@@ -49,6 +56,10 @@ class Facts:
         for seconds in cost.op_seconds:
             self._cost_until.append(self._cost_until[-1] + seconds)
         self.calls_of = Counter(call.module for call in trace.calls if call.phase == FORWARD)
+        self._batch = frozenset(
+            s for s, record in enumerate(trace.storages) if record.kind == BATCH
+        )
+        self._varying = _varying(trace, self._batch)
 
     def ticks(self, span: Span) -> tuple[int, int]:
         """Return the first and last tick of a span's forward."""
@@ -76,8 +87,32 @@ class Facts:
         """Return what a stretch of ops costs."""
         return self._cost_until[stop_op] - self._cost_until[first_op]
 
+    def gathers(self, span: Span) -> bool:
+        """Whether a span makes processes exchange what FSDP2 has sharded.
+
+        To run it again, every process would have to have planned the same; and what it gathers
+        then would stay until each of its parts has been differentiated.
+        """
+        return any(op.name.startswith("c10d.") for op in self.trace.ops[slice(*self.ops(span))])
+
+    def loses_noise(self, span: Span) -> bool:
+        """Whether a span saves a tensor for backward before it fills it, which no hook sees."""
+        ops = self.trace.ops[slice(*self.ops(span))]
+        return any(op.name.rpartition(".")[0] in _NOT_REPLAYABLE for op in ops)
+
+    def _not_given(self, span: Span) -> frozenset[int]:
+        """Return the storages that a span may only read where it is given them.
+
+        Those of the batch may also be inside of what is no tuple, list or mapping.
+        """
+        given = self.trace.calls[span.calls[0]].arguments
+        opaque = {i for i, name in enumerate(given.names) if isinstance(name, int)}
+        return self._varying if opaque - {*given.tensors} else self._varying | self._batch
+
     def refusal(self, span: Span) -> str | None:
         """Say why a span cannot be recomputed, if it cannot."""
+        if self.gathers(span):
+            return "it gathers sharded parameters, which all processes must do alike; it is kept."
         first, stop = self.storages(span)
         inputs = set(self.inputs(span))
         outside: set[int] = set()
@@ -108,12 +143,32 @@ class Facts:
                 return (
                     f"it changes {call.changed_state}, which would change twice; it is kept.{hint}"
                 )
+        if not self._not_given(span).isdisjoint(outside - inputs):
+            return (
+                "it reads a tensor that it is not given, as from an attribute, which may be "
+                "another one when it runs again; it is kept. Pass it as an argument."
+            )
         release = self.trace.phase_start.get("optimizer", self.trace.num_ticks)
         end = self.ticks(span)[1]
         for storage in (inputs | outside) - own:  # what it updates itself is restored for it
             if any(end < tick < release for tick in self.writes.get(storage, ())):
                 return "what it reads is written to later, before backward; it is kept."
         return None
+
+
+def _varying(trace: StepTrace, batch: frozenset[int]) -> frozenset[int]:
+    """List the storages made in the forward whose values follow from the batch, or are drawn.
+
+    What is made of parameters, buffers and constants alone has the same values whenever it is made.
+    """
+    made: set[int] = set()
+    for op in trace.ops:
+        if op.phase != FORWARD:
+            continue
+        read = () if op.name in EMPTY_OPS else op.inputs
+        if op.is_random or not made.isdisjoint(read) or not batch.isdisjoint(read):
+            made.update(op.fresh, op.mutated)
+    return frozenset(s for s in made if trace.storages[s].kind not in BASE_KINDS | WRAPPED_KINDS)
 
 
 def _has_generator(trace: StepTrace, op: Op) -> bool:

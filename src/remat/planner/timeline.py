@@ -2,8 +2,7 @@
 
 NOTE [ What a region changes ]
 1. The tensors that it saved are not held from when they were packed until its recomputation.
-2. Its inputs are held from its start until the last of its saved tensors is released; results of
-   its saved ops are held from forward until recomputation takes them.
+2. Its inputs are held from its start until the last of its saved tensors is released.
 3. When backward first reads one of them it runs again: everything alive then, plus its own working
    set.
 4. After that, what it saved is alive as copies, each until its own release.
@@ -15,6 +14,7 @@ NOTE [ What a region changes ]
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -49,12 +49,27 @@ class Timeline:
 
     def __init__(self, trace: StepTrace, cost: StepCost, options: tuple[Option, ...]) -> None:
         self.trace = trace
-        self.options = options
         self.base_bytes = trace.base_bytes + CRUMBS_BYTES
         self.handles_of: dict[int, list[int]] = {}
         for number, handle in enumerate(trace.handles):
             if trace.storages[handle.storage].kind not in BASE_KINDS:
                 self.handles_of.setdefault(handle.storage, []).append(number)
+        self.workspace = np.zeros(trace.num_ticks + 1, dtype=np.int64)
+        for op, size in zip(trace.ops, cost.op_workspace, strict=True):
+            self.workspace[op.tick] = size
+        self._choose_from(())
+        self._keep_all_of: dict[int, list[Interval]] = {}
+        self._keep_all = self._changes(range(len(trace.storages)), frozenset())
+        self._choose_from(options)
+
+    def with_options(self, options: tuple[Option, ...]) -> Timeline:
+        """Return the timeline of the same trace with other options, which costs much less."""
+        made = copy.copy(self)
+        made._choose_from(options)
+        return made
+
+    def _choose_from(self, options: tuple[Option, ...]) -> None:
+        self.options = options
         # storage -> (option, first tick, last tick) for each option that holds it
         self.holders: dict[int, list[tuple[int, int, int]]] = {}
         # storage -> (option, part, first tick, last tick) of copies that nested regions hold
@@ -68,14 +83,9 @@ class Timeline:
             for call in option.calls:
                 by_call[call] = (*by_call.get(call, ()), position)
         self._around: dict[int, tuple[int, ...]] = {-1: ()}
-        for number, record in enumerate(trace.calls):
+        for number, record in enumerate(self.trace.calls):
             self._around[number] = by_call.get(number, ()) + self._around[record.parent]
-        self.workspace = np.zeros(trace.num_ticks + 1, dtype=np.int64)
-        for op, size in zip(trace.ops, cost.op_workspace, strict=True):
-            self.workspace[op.tick] = size
         self._touched = [self._storages_touched(p) for p in range(len(options))]
-        self._keep_all = self._changes(range(len(trace.storages)), frozenset())
-        self._keep_all_of: dict[int, list[Interval]] = {}
 
     def around(self, call: int) -> tuple[int, ...]:
         """Return the options that contain a call, innermost first; at most one is chosen."""
@@ -119,7 +129,7 @@ class Timeline:
 
         for number in self.handles_of.get(storage, ()):
             handle = self.trace.handles[number]
-            position = next((p for p in self._around[handle.call] if p in picked), None)
+            position = self._owner(handle.call, picked)
             if position is None:
                 original.append((handle.pack, handle.end))
                 continue
@@ -137,6 +147,14 @@ class Timeline:
             if position in picked
         )
         return _union(original), list(copies.values())
+
+    def _owner(self, call: int, picked: frozenset[int]) -> int | None:
+        """Return the chosen option that a call lies in, if any."""
+        if picked:
+            for position in self._around[call]:
+                if position in picked:
+                    return position
+        return None
 
     def _keep_all_intervals(self, storage: int) -> list[Interval]:
         known = self._keep_all_of.get(storage)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from remat.cost.devices import find_device
-from remat.cost.model import CostModel, cost_step
+from remat.cost.model import cost_step
+from remat.cost.usual import usual_cost
 from remat.errors import ApplyError, CaptureError, WorkloadError
 from remat.planner.options import find_options
 from remat.planner.records import Hazard, Severity
@@ -19,12 +20,13 @@ from remat.prove.hazards import HOOKS, Kind, merged, region_hazards
 from remat.prove.records import CheckReport, Difference
 from remat.prove.simulate import simulate
 from remat.prove.switches import switch_hazards
-from remat.prove.verify import StepOutcome, compare, is_within, noise_between, run_step
+from remat.prove.verify import StepOutcome, compare, is_explained, noise_between, run_step
 from remat.regions.apply import is_applied
 from remat.trace.capture import is_abstract
 from remat.trace.checkpoints import SwitchOff, checkpointing_off, visited
 from remat.trace.found import FoundRegion, trace_without_checkpointing
 from remat.trace.records import StepTrace
+from remat.trace.saved import versions_unchecked
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike
 from remat.units import format_bytes
 
@@ -79,8 +81,9 @@ def check(
             "a plan is on this model: call handle.remove() first; remat.verify checks the plan."
         )
     step = {"loss": loss, "optimizer": optimizer}
-    trace, regions = trace_without_checkpointing(model, batch, **step)  # type: ignore[arg-type]
-    with checkpointing_off():
+    with versions_unchecked():
+        trace, regions = trace_without_checkpointing(model, batch, **step)  # type: ignore[arg-type]
+    with checkpointing_off(), versions_unchecked():
         plain_peak = simulate(model, batch, workspace={}, **step).peak_bytes  # type: ignore[arg-type]
     found = [*region_hazards(trace, regions), *switch_hazards(model, trace, regions)]
     notes = list(trace.notes)
@@ -146,7 +149,8 @@ def _differences(model: nn.Module, batch: Any, step: dict[str, Any]) -> tuple[Di
     """Return what the model's checkpointing changes, beyond what changes from run to run."""
     with checkpointing_off():
         plain = run_step(model, batch, **step)
-    found = compare(plain, run_step(model, batch, **step))
+    own_step = functools.partial(run_step, model, batch, **step)
+    found = compare(plain, own_step())
     results = tuple(d for d in found if not d.name.startswith(_HOOK_CALLS))
     if not results:
         return found
@@ -155,7 +159,7 @@ def _differences(model: nn.Module, batch: Any, step: dict[str, Any]) -> tuple[Di
         with checkpointing_off():
             return run_step(model, batch, **step)
 
-    if is_within(results, noise_between(plain, results, again)):
+    if is_explained(plain, results, noise_between(plain, results, again), own_step):
         return tuple(d for d in found if d not in results)
     return found
 
@@ -182,7 +186,7 @@ def _confirmed(found: list[Hazard], differences: tuple[Difference, ...]) -> Iter
 
 def _of_the_model(trace: StepTrace, found: list[Hazard]) -> Iterator[Hazard]:
     """Yield, as notes, the smallest modules that no checkpointing may run again."""
-    cost = cost_step(trace, CostModel(device=find_device(trace.device_type)))
+    cost = cost_step(trace, usual_cost(find_device(trace.device_type)))
     hazards = find_options(Facts(trace, cost)).hazards
     named = {hazard.where for hazard in found}
     for hazard in hazards:

@@ -165,8 +165,10 @@ class _Reader:
         others = [name for name in buffers if name not in powers]
         for kind, found in ((POWER_ITERATION, powers), (BUFFERS, others)):
             if found:
+                # Named within the region, so that what is true of every block is said once.
+                inside = [name.removeprefix(f"{region.module}.") for name in found]
                 yield kind.at(
-                    region.where, f"{_some(found)} {_is(found)} updated again when it is run again"
+                    region.where, f"{_some(inside)} {_is(found)} updated again when it is run again"
                 )
         if any(s in region.inputs for s in written if s not in names):
             yield INPUT.at(region.where, "it writes to its own input, which is read again later")

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from remat.errors import WorkloadError
-from remat.prove.allocator import record_peak, step_tensors
+from remat.prove.allocator import least_peak, step_tensors
 from remat.prove.records import Measurement
+from remat.trace.collectives import local_part
+from remat.trace.parallel import gradients_in_buckets, reshard
 from remat.trace.standin import attribute_tensors, untouched
 from remat.trace.step import (
     DEFAULT_OPTIMIZER,
@@ -73,8 +75,7 @@ def measure(
             step()
             _wait(device)
             seconds.append(clock() - begin)
-        clear()
-        peak = record_peak(step, step_tensors(model, batch, stepper), device)
+        peak = least_peak(step, clear, step_tensors(model, batch, stepper), device)
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
     return Measurement(
         peak_bytes=peak.peak_bytes,
@@ -82,7 +83,7 @@ def measure(
         step_seconds=tuple(seconds),
         median_seconds=statistics.median(seconds),
         iqr_seconds=quartiles[2] - quartiles[0],
-        losses=tuple(losses),
+        losses=tuple(losses[: steps + 2]),
         device=str(device),
         source=peak.source,
     )
@@ -110,11 +111,13 @@ def check_real(model: nn.Module, batch: Any) -> torch.device:
 @contextlib.contextmanager
 def restored(model: nn.Module, batch: Any) -> Iterator[None]:
     """Put parameters, buffers, attributes, gradients, batch and random state back, bit for bit."""
+    reshard(model)
     kept = (*step_tensors(model, batch, None), *attribute_tensors(model))
-    named: dict[int, Tensor] = {id(t): t for t in kept}
+    named: dict[int, Tensor] = {id(t): local_part(t) for t in kept}
     values = {key: tensor.detach().to("cpu", copy=True) for key, tensor in named.items()}
     leaves = {id(t): t for t in kept if t.is_leaf}
     gradients = {key: tensor.grad for key, tensor in leaves.items()}
+    overwritten = [(view, view.detach().clone()) for view in gradients_in_buckets(model)]
     # A step adds to gradients in place; the user's stay aside until the end.
     for tensor in leaves.values():
         tensor.grad = None
@@ -126,6 +129,8 @@ def restored(model: nn.Module, batch: Any) -> Iterator[None]:
                 for key, tensor in named.items():
                     if not torch.equal(tensor, values[key].to(tensor.device)):
                         tensor.copy_(values[key])
+                for view, value in overwritten:
+                    view.copy_(value)
             for key, tensor in leaves.items():
                 tensor.grad = gradients[key]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator
+
+from pydantic import Field
 
 from remat.files import Record
 from remat.planner.records import Hazard, Severity
@@ -70,6 +73,37 @@ class MemorySample(Record):
     bytes_by_kind: dict[str, int]
 
 
+class Act(str, enum.Enum):
+    """What a step does in one moment of its story."""
+
+    FORWARD = "forward"
+    AGAIN = "again"
+    BACKWARD = "backward"
+    UPDATE = "update"
+
+
+class StoryMoment(Record):
+    """One block at work, from when it starts until another block or another act begins."""
+
+    act: Act
+    block: int = Field(description="Which block of the story, counted from 0.")
+    bytes_by_kind: dict[str, int] = Field(description="Bytes alive when they are most.")
+    held_bytes: tuple[int, ...] = Field(
+        description="For each block, what it made in forward and still holds at the moment's end."
+    )
+
+
+class StepStory(Record):
+    """One simulated step as a student would tell it: which block works when, and what it holds.
+
+    The blocks are module calls of the model in forward order, the loss last; neighbours are put
+    together where there are many. The highest moment is the peak of the step.
+    """
+
+    blocks: tuple[str, ...]
+    moments: tuple[StoryMoment, ...]
+
+
 class Simulation(Record):
     """One training step under fake tensors: its exact peak and its curve of memory.
 
@@ -83,6 +117,11 @@ class Simulation(Record):
     breakdown: dict[str, int]
     samples: tuple[MemorySample, ...]
     host_bytes: int = 0
+    by_module: dict[str, int] = Field(
+        default_factory=dict,
+        description="Bytes at the peak by the module that made them; other kinds in brackets.",
+    )
+    story: StepStory | None = None
 
 
 class CheckReport(Record):

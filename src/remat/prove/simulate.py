@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import nn
 from remat.cost.workspace import measure_workspace
 from remat.planner.records import Plan
 from remat.prove.records import MemorySample, Simulation
+from remat.prove.story import tell_story
 from remat.regions.apply import apply, host_peak_bytes, is_applied
 from remat.trace.capture import capture
-from remat.trace.memory import breakdown_at, memory_by_kind, peak_tick
+from remat.trace.memory import breakdown_at, by_module_at, memory_by_kind, peak_tick
 from remat.trace.records import PHASES, OpSignature, StepTrace
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike
 
@@ -32,12 +33,15 @@ def simulate(
     optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
     device: torch.device | None = None,
     workspace: Mapping[OpSignature, int] | None = None,
+    blocks: Sequence[str] | None = None,
 ) -> Simulation:
     """Run one training step under fake tensors and return its peak and memory curve.
 
     Nothing is allocated and the model is left as found. Without a plan, the step runs as the model
     stands. `workspace` are bytes that kernels take for themselves (see `remat.cost`); they are
-    measured for convolutions where the device is at hand and none are given.
+    measured for convolutions where the device is at hand and none are given. With `blocks`,
+    names of modules in forward order such as `story_blocks` chooses, the result also says which of
+    them works when, and what each holds meanwhile.
     """
     if plan is None or is_applied(model):
         trace = capture(
@@ -52,7 +56,10 @@ def simulate(
             host_bytes = host_peak_bytes(model)
     if workspace is None:
         workspace = measure_workspace(trace.signatures) if trace.device_type == "cpu" else {}
-    return summarize(trace, workspace, host_bytes)
+    simulation = summarize(trace, workspace, host_bytes)
+    if blocks is None:
+        return simulation
+    return simulation.model_copy(update={"story": tell_story(trace, blocks, workspace)})
 
 
 def summarize(
@@ -75,4 +82,5 @@ def summarize(
         breakdown=breakdown,
         samples=tuple(samples),
         host_bytes=host_bytes,
+        by_module=by_module_at(trace, tick, breakdown),
     )

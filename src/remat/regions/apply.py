@@ -11,9 +11,12 @@ from typing_extensions import Self
 
 from remat.errors import ApplyError, PlanMismatchError, RematError
 from remat.planner.records import Plan, Region, Rewrite
+from remat.regions.dropping import DroppedOps
 from remat.regions.fingerprint import check_model_matches, device_type_of
 from remat.regions.guards import must_run_eagerly
+from remat.regions.offload import Board, Key
 from remat.regions.pool import HostPool
+from remat.regions.prefetch import Entered, entered_forward
 from remat.regions.quiet import silence, unsilence
 from remat.regions.rewrites import HeadRuntime, install_rewrite, rewrite_on
 from remat.regions.runs import Follower, Run, follower_forward
@@ -21,7 +24,7 @@ from remat.regions.runtime import Offloads, RegionRuntime, StepClock, region_for
 from remat.regions.sliced_calls import CallRuntime
 from remat.trace.step import check_model
 
-_State = RegionRuntime | Follower | HeadRuntime | CallRuntime
+_State = RegionRuntime | Follower | Entered | HeadRuntime | CallRuntime
 
 
 class Handle:
@@ -162,6 +165,8 @@ def install(
         together.setdefault(key, []).append(region)
     clock = StepClock()
     pool, device_type = HostPool(host_budget_bytes), device_type_of(model)
+    board = Board()
+    _watch_entries(modules, regions, clock, board)  # inside every region: see NOTE [ Entered ]
     # The inner before the outer: a region wraps what is on its modules already.
     for chosen in reversed(together.values()):
         first = chosen[0]
@@ -187,16 +192,32 @@ def install(
                 for region in chosen
                 if region.saved_ops
             },
+            dropped_ops={
+                region.call: DroppedOps(
+                    frozenset((op.name, op.occurrence) for op in region.dropped_ops),
+                    frozenset((op.name, op.occurrence) for op in region.packed_ops),
+                )
+                for region in chosen
+                if region.dropped_ops or region.packed_ops
+            },
             preserve_rng_state=any(region.draws_random_numbers for region in chosen),
             draws_python_random=draws_python_random,
             is_eager=(
-                draws_python_random or must_run_eagerly(homes) or first.is_nested or run is not None
+                draws_python_random
+                or must_run_eagerly(homes)
+                or first.is_nested
+                or run is not None
+                or any(region.spans_blocks for region in chosen)
             ),
             buffers=homes,
             replaced=module.__dict__.get("forward"),
             run=run,
             is_nested=first.is_nested,
-            offloads=Offloads(pool, device_type, offloaded, kept) if offloaded else None,
+            offloads=(
+                Offloads(first.module, pool, board, device_type, offloaded, kept)
+                if offloaded
+                else None
+            ),
         )
         _replace(module, region_forward, runtime)
     if not regions:
@@ -205,8 +226,26 @@ def install(
         _replace(model, region_forward, idle)
 
 
+def _watch_entries(
+    modules: Mapping[str, nn.Module], regions: tuple[Region, ...], clock: StepClock, board: Board
+) -> None:
+    """Have the modules watched at which others' tensors are fetched."""
+    wanted: dict[tuple[str, int], dict[int, tuple[Key, ...]]] = {}
+    for region in regions:
+        early = None if region.offload is None else region.offload.prefetch
+        if early is not None:
+            calls = wanted.setdefault((early.module, early.num_calls), {})
+            key = (region.module, region.call)
+            calls[early.call] = (*calls.get(early.call, ()), key)
+    for (name, num_calls), fetches in wanted.items():
+        counter = RegionRuntime(clock, calls=frozenset(fetches), num_calls=num_calls)
+        module = modules[name]
+        entered = Entered(counter, fetches, board, module.__dict__.get("forward"))
+        _replace(module, entered_forward, entered)
+
+
 def _replace(
-    module: nn.Module, forward: Callable[..., Any], state: RegionRuntime | Follower
+    module: nn.Module, forward: Callable[..., Any], state: RegionRuntime | Follower | Entered
 ) -> None:
     module.__dict__["forward"] = functools.partial(forward, module, state)
 
@@ -228,6 +267,12 @@ def _check_regions(
             raise PlanMismatchError(
                 f"the plan recomputes call {region.call} of {region.module!r}, which it says is "
                 f"called {region.num_calls} times (from 0): make the plan again with remat.plan."
+            )
+        early = None if region.offload is None else region.offload.prefetch
+        if early is not None and early.module not in modules:
+            raise PlanMismatchError(
+                f"the plan fetches what {region.module!r} has on the host at module "
+                f"{early.module!r}, which the model has not."
             )
         for name in region.followers:
             if name not in modules:
@@ -270,12 +315,13 @@ def _installed(module: nn.Module) -> _State | None:
     return _state_of(module.__dict__.get("forward")) or rewrite_on(module)
 
 
-def _state_of(forward: Any) -> RegionRuntime | Follower | None:  # Any: users put what they like
+def _state_of(forward: Any) -> RegionRuntime | Follower | Entered | None:  # Any: the user's own
     if isinstance(forward, functools.partial) and forward.func in (
         region_forward,
         follower_forward,
+        entered_forward,
     ):
         state = forward.args[1]
-        assert isinstance(state, (RegionRuntime, Follower))
+        assert isinstance(state, (RegionRuntime, Follower, Entered))
         return state
     return None

@@ -74,6 +74,7 @@ def check_model_matches(model: nn.Module, wanted: Fingerprint) -> None:
     if found != wanted.model_class:
         raise PlanMismatchError(
             f"the plan was made for {wanted.model_class}, the model is {found}."
+            f"{_unwrap_hint(model)}"
         )
     _compare("parameter", wanted.parameters, _signatures(model.named_parameters()))
     _compare("buffer", wanted.buffers, _signatures(model.named_buffers()))
@@ -151,6 +152,12 @@ def _class_of(model: nn.Module) -> str:
     if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
         kind = kind.__bases__[-1]
     return _qualified(kind)
+
+
+def _unwrap_hint(model: nn.Module) -> str:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return " Put a plan of the model that DDP wraps onto `model.module`."
+    return ""
 
 
 def _minor(version: str) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Around a region's function: run again as it was run, or refused where that cannot be done.
 
 NOTE [ What may change before backward ]
-Between forward and backward a user may flip training mode, draw from Python's or NumPy's generator,
-or write to a parameter. The mode is set back while the region runs again, and so are the generators
-where the region drew from them. A parameter's old values are gone: without a plan autograd would
+Between forward and backward a user may flip training mode, leave a context that chose the kernels
+of attention or the default dtype, draw from Python's or NumPy's generator, or write to a parameter.
+Mode and switches are set back while the region runs again, and so are the generators where the
+region drew from them. A parameter's old values are gone: without a plan autograd would
 have refused, by the version of the tensor that it saved, and so do we.
 """
 
@@ -25,33 +26,54 @@ from remat.errors import ApplyError
 # Any: a module's arguments and results are the user's own.
 
 
+# Functions that set the switches of torch's own that decide which ops a module runs, in the order
+# of `_switches`.
+_SET_SWITCHES: tuple[Callable[[Any], None], ...] = (
+    torch.backends.cuda.enable_flash_sdp,
+    torch.backends.cuda.enable_mem_efficient_sdp,
+    torch.backends.cuda.enable_math_sdp,
+    torch.backends.cuda.enable_cudnn_sdp,
+    torch.set_default_dtype,
+)
+
+
 class Guarded:
     """A region's function; its first call is the forward, each later one a recomputation."""
 
-    __slots__ = ("_forward", "_modules", "_random", "_training", "_versions")
+    __slots__ = ("_forward", "_modules", "_random", "_switches", "_training", "_versions")
 
     def __init__(
         self,
-        members: tuple[nn.Module, ...],
+        modules: tuple[nn.Module, ...],
         forward: Callable[..., Any],
         *,
         draws_python_random: bool,
     ) -> None:
         self._forward = forward
-        self._modules = tuple(module for member in members for module in member.modules())
-        self._training: tuple[bool, ...] | None = None
-        self._versions: tuple[int, ...] = ()
+        self._modules = modules
+        self._training: list[bool] | None = None
+        self._versions: list[int] = []
+        self._switches: tuple[Any, ...] = ()
         self._random: Any = draws_python_random
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward, or run it again as it was."""
         if self._training is None:
-            self._training = tuple(m.training for m in self._modules)
+            self._training = [m.training for m in self._modules]
             self._versions = _versions(self._modules)
+            self._switches = _switches()
             self._random = _python_random() if self._random else None
             return self._forward(*args, **kwargs)
         self._check_parameters()
-        with _modes(self._modules, self._training), _drawing_from(self._random):
+        is_same = self._switches == _switches()
+        is_same &= self._training == [m.training for m in self._modules]
+        if is_same and self._random is None:
+            return self._forward(*args, **kwargs)
+        with (
+            _modes(self._modules, self._training),
+            _switched(self._switches),
+            _drawing_from(self._random),
+        ):
             return self._forward(*args, **kwargs)
 
     def _check_parameters(self) -> None:
@@ -96,17 +118,42 @@ def run_eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _versions(modules: tuple[nn.Module, ...]) -> tuple[int, ...]:
-    return tuple(
-        parameter._version
-        for module in modules
-        for parameter in module._parameters.values()
-        if parameter is not None and not parameter.is_inference()
-    )
+def all_modules(members: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    """List modules and those inside them, each once.
+
+    What `nn.Module.modules` yields, in another order and for a tenth of the calls: this runs for
+    every region of every step, as the tree may have changed since the last.
+    """
+    found = list(members)
+    seen = set(found)
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return tuple(found)
+
+
+def _versions(modules: tuple[nn.Module, ...]) -> list[int]:
+    try:
+        return [
+            parameter._version
+            for module in modules
+            for parameter in module._parameters.values()
+            if parameter is not None and not parameter.is_inference()
+        ]
+    except RuntimeError as error:
+        if "Expanded Weights" not in str(error):
+            raise
+        raise ApplyError(
+            "a plan cannot be used with per-sample gradients by expanded weights, which are gone "
+            "when a region runs again: use Opacus with hooks (GradSampleModule), or take the plan "
+            "off with handle.remove()."
+        ) from error
 
 
 @contextlib.contextmanager
-def _modes(modules: tuple[nn.Module, ...], training: tuple[bool, ...]) -> Iterator[None]:
+def _modes(modules: tuple[nn.Module, ...], training: list[bool]) -> Iterator[None]:
     """Set every module's training flag to what it was, and back."""
     present = [m.training for m in modules]
     changed = [
@@ -121,6 +168,30 @@ def _modes(modules: tuple[nn.Module, ...], training: tuple[bool, ...]) -> Iterat
     finally:
         for module, now in changed:
             module.training = now
+
+
+def _switches() -> tuple[Any, ...]:
+    # What the functions of torch.backends.cuda return, for half the calls: this runs per region.
+    return (
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+        torch.get_default_dtype(),
+    )
+
+
+@contextlib.contextmanager
+def _switched(states: tuple[Any, ...]) -> Iterator[None]:
+    """Set torch's switches to what they were, and back."""
+    present = _switches()
+    for write, was in zip(_SET_SWITCHES, states, strict=True):
+        write(was)
+    try:
+        yield
+    finally:
+        for write, now in zip(_SET_SWITCHES, present, strict=True):
+            write(now)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ Saved tensors leave and come back one piece of memory (storage) at a time, in th
    waits there for the copy, so that the memory can be used again.
 2. When backward first reads one, the copy of the next one back to the device begins; the first one
    of a call is fetched when it is read. The computation waits for a copy where it is read.
+   A plan may have the first ones, or all, fetched before: when backward comes to a module call
+   further on (see NOTE [ Entered ] in `remat.regions.prefetch`).
 3. A buffer on the host is free again when autograd lets go of the saved tensors in it.
 So the moments at which device memory is taken and freed follow from the step alone, never from how
 fast copies are; without a GPU they are the same, and the copies run at once.
@@ -21,38 +23,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from remat.planner.records import Offload
 from remat.regions.pool import Buffer, HostPool
+from remat.trace.saved import Kept, is_plain
 
 # Any: storages and events are torch's own, without types.
 
-
-class _Kept:
-    """A saved tensor that stays on the device."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        # Detached: the result of an op that its own gradient holds on to would never be freed.
-        self.tensor = tensor.detach()
-        self.version = tensor._version
-
-    def read(self) -> Tensor:
-        # Under hooks on saved tensors, torch does not check this itself.
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: a tensor of shape {tuple(self.tensor.shape)} is at version "
-                f"{self.tensor._version}, expected version {self.version}."
-            )
-        return self.tensor
+Key = tuple[str, int]  # a module and which of its calls
 
 
-class _Copy:
+class Copy:
     """One storage on the host, read back by the views of it that were saved."""
 
     def __init__(self, pool: HostPool, buffer: Buffer, flat: Tensor) -> None:
@@ -62,6 +46,7 @@ class _Copy:
         self._unread: set[int] = set()  # those of them that have not been read since it is back
         self._back: Tensor | None = None
         self._event: Any = None
+        self._back_stream: Any = None
         self.is_first_read = False
         self._source: Tensor | None = flat
         self._source_stream = self._stream()
@@ -85,9 +70,14 @@ class _Copy:
                 source.record_stream(self._pool.stream(self._device))
 
     def fetch(self) -> None:
-        """Begin the copy back to the device, unless it is there."""
+        """Begin the copy back to the device, unless it is there.
+
+        Its memory belongs to the stream that computes now, so that the copy begins when that stream
+        has come here: what used the memory before it has run by then.
+        """
         if self._back is not None:
             return
+        self._back_stream = self._stream()
         self._back = torch.empty(self._buffer.size_bytes, dtype=torch.uint8, device=self._device)
         self._event = self._move(self._buffer.memory, self._back)
         self._unread = set(self._readers)
@@ -102,7 +92,7 @@ class _Copy:
         self.is_first_read = False
         self._unread.discard(reader)
         if not self._unread:
-            self._back = None
+            self._back = self._event = None
         return flat
 
     def forget(self, reader: int) -> None:
@@ -120,9 +110,11 @@ class _Copy:
         self._back = None
 
     def _wait(self) -> None:
+        now = self._stream()
         if self._event is not None:
-            self._stream().wait_event(self._event)
-            self._event = None
+            now.wait_event(self._event)
+        if self._back is not None and now != self._back_stream:
+            self._back.record_stream(now)  # else its memory could be used again while it is read
 
     def _stream(self) -> Any:
         """Return the stream that computes here; `None` where copies run at once."""
@@ -148,12 +140,33 @@ class _Copy:
         self._pool.give(self._buffer)
 
 
+class Board:
+    """What the calls of a forward want back early, by the call that sent it.
+
+    A copy of the board, made when the model is copied or pickled, is empty.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Key, list[weakref.ref[Copy]]] = {}
+
+    def __reduce__(self) -> tuple[type[Board], tuple[()]]:
+        return type(self), ()
+
+    def put(self, key: Key, copies: list[weakref.ref[Copy]]) -> None:
+        """Note what a call has sent."""
+        self._waiting[key] = copies
+
+    def take(self, key: Key) -> list[weakref.ref[Copy]]:
+        """Return what a call has sent since this was last asked."""
+        return self._waiting.pop(key, [])
+
+
 class _Packed:
     """What autograd keeps in place of a saved tensor: which view of which copy it was."""
 
     __slots__ = ("_dtype", "_offset", "_reader", "_size", "_stride", "copy", "rank")
 
-    def __init__(self, copy: _Copy, rank: int, tensor: Tensor) -> None:
+    def __init__(self, copy: Copy, rank: int, tensor: Tensor) -> None:
         self.copy, self.rank = copy, rank
         self._reader = copy.add_reader()
         self._dtype, self._size = tensor.dtype, tuple(tensor.shape)
@@ -172,7 +185,7 @@ class _Known:
     """A storage that was saved before in the same call; `source` is dead once its memory is."""
 
     source: weakref.ref[Any]
-    copy: weakref.ref[_Copy]
+    copy: weakref.ref[Copy]
     version: int
     rank: int
 
@@ -183,16 +196,24 @@ class Transfer:
     Arguments
     ---------
     on_read: called when backward reads one.
+    on_sent: called, where some are to be fetched before they are read, with their copies.
     """
 
     def __init__(
-        self, offload: Offload, pool: HostPool, device_type: str, on_read: Callable[[], None]
+        self,
+        offload: Offload,
+        pool: HostPool,
+        device_type: str,
+        on_read: Callable[[], None],
+        on_sent: Callable[[list[weakref.ref[Copy]]], None],
     ) -> None:
         self._pool, self._device_type, self._on_read = pool, device_type, on_read
+        self._on_sent = on_sent
+        self._num_early = 0 if offload.prefetch is None else offload.prefetch.num_tensors
         self._rank_of = {position: rank for rank, position in enumerate(offload.tensors)}
-        self._copies: dict[int, weakref.ref[_Copy]] = {}
+        self._copies: dict[int, weakref.ref[Copy]] = {}
         self._known: dict[int, _Known] = {}
-        self._leaving: _Copy | None = None
+        self._leaving: Copy | None = None
         self._position = -1
 
     @contextmanager
@@ -204,33 +225,36 @@ class Transfer:
         finally:
             self._send(None)
             self._known.clear()
+            early = [self._copies[r] for r in range(self._num_early) if r in self._copies]
+            if early:
+                self._on_sent(early)
 
-    def _pack(self, tensor: Tensor) -> _Kept | _Packed:
+    def _pack(self, tensor: Tensor) -> Kept | _Packed:
         storage = tensor.untyped_storage()
         if not storage.nbytes():
-            return _Kept(tensor)
+            return Kept(tensor)
         self._position += 1
         known = self._known.get(storage._cdata)
         if known is not None and known.source() is not None:
             copy = known.copy()
             # Written to since, it is another value: it stays, and so does the device's memory.
             if copy is None or known.version != tensor._version or not _is_plain(tensor):
-                return _Kept(tensor)
+                return Kept(tensor)
             return _Packed(copy, known.rank, tensor)
         rank = self._rank_of.get(self._position)
         is_elsewhere = tensor.device.type == "cpu" != self._device_type
         if rank is None or is_elsewhere or not _is_plain(tensor):
-            return _Kept(tensor)
+            return Kept(tensor)
         copy = self._begin(tensor)
         if copy is None:
-            return _Kept(tensor)
+            return Kept(tensor)
         self._copies[rank] = weakref.ref(copy)
         self._known[storage._cdata] = _Known(
             weakref.ref(storage), weakref.ref(copy), tensor._version, rank
         )
         return _Packed(copy, rank, tensor)
 
-    def _begin(self, tensor: Tensor) -> _Copy | None:
+    def _begin(self, tensor: Tensor) -> Copy | None:
         is_real = not isinstance(tensor, FakeTensor)
         buffer = self._pool.take(
             tensor.untyped_storage().nbytes(),
@@ -243,19 +267,19 @@ class Transfer:
         with torch.no_grad():
             count = buffer.size_bytes // tensor.element_size()
             flat = tensor.detach().as_strided((count,), (1,), 0).view(torch.uint8)
-        copy = _Copy(self._pool, buffer, flat)
+        copy = Copy(self._pool, buffer, flat)
         self._send(copy)
         return copy
 
-    def _send(self, copy: _Copy | None) -> None:
+    def _send(self, copy: Copy | None) -> None:
         """Let the device's memory of the last one go, and hold on to that of the next."""
         if self._leaving is not None:
             self._leaving.let_source_go()
         self._leaving = copy
 
-    def _unpack(self, packed: _Kept | _Packed) -> Tensor:
+    def _unpack(self, packed: Kept | _Packed) -> Tensor:
         self._on_read()
-        if isinstance(packed, _Kept):
+        if isinstance(packed, Kept):
             return packed.read()
         packed.copy.fetch()
         is_first = packed.copy.is_first_read
@@ -268,12 +292,5 @@ class Transfer:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is nothing but numbers at an offset of its memory."""
-    return (
-        (type(tensor) is Tensor or isinstance(tensor, FakeTensor))
-        and not isinstance(tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and tensor.untyped_storage().nbytes() % tensor.element_size() == 0
-    )
+    """Whether a tensor can leave: its memory is a whole number of its elements."""
+    return is_plain(tensor) and tensor.untyped_storage().nbytes() % tensor.element_size() == 0

@@ -11,7 +11,6 @@ switched here: compiled, the model's own checkpointing stays on.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +44,7 @@ def unsilence(model: nn.Module) -> None:
 def _quiet_forward(
     module: nn.Module, replaced: Callable[..., Any] | None, *args: Any, **kwargs: Any
 ) -> Any:
-    forward = replaced or types.MethodType(type(module).forward, module)
+    forward = replaced or functools.partial(type(module).forward, module)
     if torch.compiler.is_compiling():
         return forward(*args, **kwargs)
     with checkpointing_off():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +51,9 @@ def install_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
             f"the plan slices module {rewrite.module!r}, which the model has not."
         )
     replaced = module.__dict__.get("forward")
-    if rewrite.kind is RewriteKind.SLICED_CALL:
-        call = CallRuntime(rewrite.num_slices, rewrite.arguments, replaced)
+    if rewrite.kind is not RewriteKind.LOSS_HEAD:
+        by_tokens = rewrite.kind is RewriteKind.SLICED_TOKENS
+        call = CallRuntime(rewrite.num_slices, rewrite.arguments, replaced, by_tokens)
         module.__dict__["forward"] = functools.partial(sliced_forward, module, call)
         return
     if not is_sliceable_head(module):
@@ -83,7 +83,7 @@ def head_forward(module: nn.Module, runtime: HeadRuntime, *args: Any, **kwargs: 
     bias: Any = module.bias
     if not kwargs and len(args) == 1 and _can_be_lazy(args[0], weight, bias):
         return lazy_logits(runtime.head, args[0], weight, bias)
-    forward = runtime.replaced or types.MethodType(type(module).forward, module)
+    forward = runtime.replaced or functools.partial(type(module).forward, module)
     return forward(*args, **kwargs)
 
 

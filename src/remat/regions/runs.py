@@ -7,7 +7,6 @@ NOTE [ Runs ] in `remat.planner.chains` for when that gives the same values.
 from __future__ import annotations
 
 import functools
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -149,7 +148,7 @@ class Follower:
 def follower_forward(module: nn.Module, follower: Follower, *args: Any, **kwargs: Any) -> Any:
     """Run a member's forward inside its run, or pass on what it is given after it."""
     if follower.run.is_running or not follower.run.pending:
-        forward = follower.replaced or types.MethodType(type(module).forward, module)
+        forward = follower.replaced or functools.partial(type(module).forward, module)
         return forward(*args, **kwargs)
     return follower.run.pass_on(module, args, kwargs)
 
@@ -160,25 +159,38 @@ def with_tensors_first(
     """Return a function of the tensors in a call's arguments alone, and these tensors.
 
     Checkpointing keeps tensors that it is given by position as tensors saved for backward, which a
-    region around drops; what is inside containers and keywords it would hold on to.
+    region around drops; what is inside containers and keywords it would hold on to. A tensor that
+    is given twice is passed once: run again, it is one object in both places as before.
     """
     leaves, nesting = flatten((args, kwargs))
     places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    tensors = tuple(leaves[i] for i in places)
+    unique = {id(leaves[i]): leaves[i] for i in places}
+    number = {key: position for position, key in enumerate(unique)}
+    sources = tuple((i, number[id(leaves[i])]) for i in places)
     for i in places:
         leaves[i] = None
-    return functools.partial(_call_with, forward, nesting, tuple(leaves), places), tensors
+    function = functools.partial(_call_with, forward, nesting, tuple(leaves), sources)
+    return function, tuple(unique.values())
+
+
+def gives_twice(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is given one tensor by position and once more, as self-attention is."""
+    given = [id(value) for value in args if isinstance(value, Tensor)]
+    if not given:
+        return False
+    named = {id(value) for value in kwargs.values() if isinstance(value, Tensor)}
+    return len(set(given)) < len(given) or not named.isdisjoint(given)
 
 
 def _call_with(
     forward: Callable[..., Any],
     nesting: Nesting,
     leaves: tuple[Any, ...],
-    places: tuple[int, ...],
+    sources: tuple[tuple[int, int], ...],
     *tensors: Tensor,
 ) -> Any:
     filled = list(leaves)
-    for place, tensor in zip(places, tensors, strict=True):
-        filled[place] = tensor
+    for place, number in sources:
+        filled[place] = tensors[number]
     args, kwargs = unflatten(nesting, filled)
     return forward(*args, **kwargs)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +20,11 @@ from torch.utils.checkpoint import (
 
 from remat.errors import ApplyError
 from remat.planner.records import Offload
-from remat.regions.guards import Guarded, refuse_transforms, run_eagerly
-from remat.regions.offload import Transfer
+from remat.regions.dropping import DroppedOps, Dropping
+from remat.regions.guards import Guarded, all_modules, refuse_transforms, run_eagerly
+from remat.regions.offload import Board, Transfer
 from remat.regions.pool import HostPool
-from remat.regions.runs import HookTable, Run, with_tensors_first
+from remat.regions.runs import HookTable, Run, gives_twice, with_tensors_first
 from remat.trace.caches import Filled, caches_in, with_empty_caches
 
 # Any: a module's arguments and results are the user's own.
@@ -64,10 +64,13 @@ class StepClock:
 class Offloads:
     """Which calls of a module keep something in host memory, and where.
 
-    `kept` are the calls that do not run again: what they saved is offloaded, not their inputs.
+    `kept` are the calls that do not run again: what they saved is offloaded, not their inputs. On
+    the `board` stands what is to be fetched before it is read.
     """
 
+    module: str
     pool: HostPool
+    board: Board
     device_type: str
     by_call: dict[int, Offload]
     kept: frozenset[int]
@@ -88,6 +91,7 @@ class RegionRuntime:
     calls: frozenset[int] | None = None
     num_calls: int = 1
     saved_ops: dict[int, frozenset[tuple[str, int]]] = field(default_factory=dict)
+    dropped_ops: dict[int, DroppedOps] = field(default_factory=dict)
     preserve_rng_state: bool = False
     draws_python_random: bool = False
     is_eager: bool = False
@@ -115,14 +119,22 @@ class RegionRuntime:
         if self.offloads is None or call not in self.offloads.by_call:
             return None
         offload, pool = self.offloads.by_call[call], self.offloads.pool
-        return Transfer(offload, pool, self.offloads.device_type, self.clock.note_backward)
+        return Transfer(
+            offload,
+            pool,
+            self.offloads.device_type,
+            self.clock.note_backward,
+            functools.partial(self.offloads.board.put, (self.offloads.module, call)),
+        )
 
 
 def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwargs: Any) -> Any:
     """Run a module's forward as a checkpointed region where the plan says so."""
     if runtime.is_eager and torch.compiler.is_compiling():
         return run_eagerly(region_forward, module, runtime, *args, **kwargs)
-    forward = runtime.replaced or types.MethodType(type(module).forward, module)
+    forward = runtime.replaced or functools.partial(type(module).forward, module)
+    if torch.compiler.is_exporting():  # a graph to keep: inference, without recomputation
+        return forward(*args, **kwargs)
     run = runtime.run
     if run is not None:
         run.begin()
@@ -138,21 +150,29 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
         elif runtime.offloads is not None and call in runtime.offloads.kept:
             with transfer():
                 return forward(*args, **kwargs)
+    dropped = runtime.dropped_ops.get(call)
+    if dropped is not None and not torch.compiler.is_compiling():
+        refuse_transforms()
+        with Dropping(dropped, runtime.clock.note_backward).watching():
+            return forward(*args, **kwargs)
     saved_ops = runtime.saved_ops.get(call, frozenset())
     if run is not None:
         forward = functools.partial(run.forward, forward)
     options: dict[str, Any] = {}
+    has_aliases = False
     if not torch.compiler.is_compiling():
         refuse_transforms()
+        has_aliases = gives_twice(args, kwargs)
         caches = caches_in((args, kwargs))
         if caches:
             forward = functools.partial(_fill_once, forward, [Filled(cache) for cache in caches])
-        hooks = [table for table in _hook_tables(module, run) if table]
+        members = (module,) if run is None else run.members
+        modules = all_modules(members)
+        hooks = _hook_tables(modules[len(members) :], run)
         if runtime.buffers or runtime.num_calls > 1 or hooks or saved_ops or caches:
             options["context_fn"] = functools.partial(_contexts, runtime, hooks, saved_ops)
-        members = (module,) if run is None else run.members
-        forward = Guarded(members, forward, draws_python_random=runtime.draws_python_random)
-    if run is not None or runtime.is_nested or transfer is not None:
+        forward = Guarded(modules, forward, draws_python_random=runtime.draws_python_random)
+    if run is not None or runtime.is_nested or transfer is not None or has_aliases:
         forward, args = with_tensors_first(forward, args, kwargs)
         kwargs = {}
     # Checkpointing saves its inputs as any op does: outside its own hooks, inside these.
@@ -319,13 +339,9 @@ def _do_nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-def _hook_tables(module: nn.Module, run: Run | None) -> Iterator[HookTable]:
-    """Yield the tables of hooks that fire inside a region, of which it may be empty ones."""
-    members = (module,) if run is None else run.members
-    for member in members:
-        for inner in member.modules():
-            if inner is not member:
-                yield inner._forward_pre_hooks
-                yield inner._forward_hooks
+def _hook_tables(inside: tuple[nn.Module, ...], run: Run | None) -> list[HookTable]:
+    """List the tables of hooks that fire inside a region, without empty ones."""
+    tables = [t for m in inside for t in (m._forward_pre_hooks, m._forward_hooks) if t]
     if run is not None:
-        yield from run.hook_tables()
+        tables += [table for table in run.hook_tables() if table]
+    return tables

@@ -1,8 +1,8 @@
-"""Module calls in slices of the batch: each slice a region, the results put together again."""
+"""Module calls in slices of the batch or of the tokens: regions, their results put together."""
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,26 +20,31 @@ from remat.regions.runtime import RegionRuntime, StepClock, is_recomputing, regi
 class CallRuntime:
     """How a sliced module is run.
 
-    `arguments` are the places of the tensors that are cut along their first dimension, among the
-    leaves of the call's (args, kwargs). `replaced` is a forward that the instance already had.
+    `arguments` are the places of the tensors that are cut, among the leaves of the call's (args,
+    kwargs): along their first dimension, or, where the call is cut `by_tokens`, the one tensor
+    there along its rows. `replaced` is a forward that the instance already had.
     """
 
     num_slices: int
     arguments: tuple[int, ...]
     replaced: Callable[..., Any] | None
+    by_tokens: bool
     region: RegionRuntime = field(init=False)
 
     def __post_init__(self) -> None:
-        self.region = RegionRuntime(StepClock(), replaced=self.replaced)
+        # Slices of tokens stay slices where a region around them runs again.
+        self.region = RegionRuntime(StepClock(), replaced=self.replaced, is_nested=self.by_tokens)
 
 
 def sliced_forward(module: nn.Module, runtime: CallRuntime, *args: Any, **kwargs: Any) -> Any:
-    """Run a module's forward on slices of its batch, one after another, each recomputed later."""
+    """Run a module's forward on slices, one after another, each recomputed later."""
+    if runtime.by_tokens:
+        return _by_tokens(module, runtime, *args, **kwargs)
     cut = None
     if torch.is_grad_enabled() and not is_recomputing() and not torch.compiler.is_compiling():
         cut = cut_arguments((args, kwargs), runtime.arguments, runtime.num_slices)
     if cut is None:
-        forward = runtime.replaced or types.MethodType(type(module).forward, module)
+        forward = runtime.replaced or functools.partial(type(module).forward, module)
         return forward(*args, **kwargs)
     return joined([region_forward(module, runtime.region, *given, **named) for given, named in cut])
 
@@ -74,3 +79,42 @@ def joined(results: list[Any]) -> Any:
         for parts in zip(*(leaves for leaves, _ in flat), strict=True)
     ]
     return tree_unflatten(whole, flat[0][1])
+
+
+def _by_tokens(module: nn.Module, runtime: CallRuntime, *args: Any, **kwargs: Any) -> Any:
+    """Run a module's forward on slices of its rows; whole where its result is not one of rows."""
+    forward = runtime.replaced or functools.partial(type(module).forward, module)
+    (place,) = runtime.arguments
+    leaves, structure = tree_flatten((args, kwargs))
+    whole = leaves[place] if place < len(leaves) else None
+    if (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not isinstance(whole, Tensor)
+        or whole.dim() < 2
+    ):
+        return forward(*args, **kwargs)
+    results = []
+    for part in cut_rows(whole, runtime.num_slices):
+        leaves[place] = part
+        given, named = tree_unflatten(leaves, structure)
+        results.append(region_forward(module, runtime.region, *given, **named))
+        if not _has_rows_of(results[-1], part):
+            return forward(*args, **kwargs)
+    del leaves
+    return joined_rows(results, whole)
+
+
+def cut_rows(whole: Tensor, num_slices: int) -> list[Tensor]:
+    """Cut a tensor (..., K) along its rows, all dimensions but the last, which become one."""
+    rows = whole.reshape(*(1 for _ in whole.shape[:-2]), -1, whole.shape[-1])
+    return list(rows.chunk(num_slices, dim=-2))
+
+
+def joined_rows(results: list[Tensor], whole: Tensor) -> Tensor:
+    """Put the results for slices of rows together, in the shape of what was cut."""
+    return torch.cat(results, dim=-2).reshape(*whole.shape[:-1], results[0].shape[-1])
+
+
+def _has_rows_of(result: Any, part: Tensor) -> bool:
+    return isinstance(result, Tensor) and result.shape[:-1] == part.shape[:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -31,10 +32,14 @@ def require_pictures() -> None:
 
 
 def inline_data(rows: Iterable[Row]) -> Any:
-    """Give rows to altair as part of the picture."""
+    """Give rows to altair as part of the picture; what is not finite has no place and no mark."""
     import altair as alt
 
-    return alt.InlineData(values=list(rows))
+    return alt.InlineData(values=[{key: _finite(value) for key, value in r.items()} for r in rows])
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fixed_scale(domain: tuple[float, float]) -> Any:
@@ -49,8 +54,11 @@ def literal(channel: Any, field: str) -> Any:
     return channel(f"{field}:N", scale=None, legend=None)
 
 
-def svg_text(chart: Chart, name: str, width: int) -> str:
+def svg_text(chart: Chart, name: str, width: int, *, left: int = 0) -> str:
     """Render the chart, and make it fit to stand beside others in one page.
+
+    `left` is kept free beside the names of rows: they are measured here in one font and shown in
+    the reader's.
 
     Ids are made unique, because `url(#clip0)` means the first such id of the whole page. The size
     is left to the page, which may shrink the picture but not blow it up.
@@ -58,7 +66,11 @@ def svg_text(chart: Chart, name: str, width: int) -> str:
     import vl_convert
 
     styled = (
-        chart.configure(background="transparent", font="system-ui, sans-serif", padding=4)
+        chart.configure(
+            background="transparent",
+            font="system-ui, sans-serif",
+            padding={"left": 4 + left, "top": 4, "right": 4, "bottom": 4},
+        )
         .configure_axis(
             labelColor="currentColor",
             titleColor="currentColor",

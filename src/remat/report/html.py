@@ -1,4 +1,4 @@
-"""The report of a run: one page that opens anywhere, without a network and without scripts."""
+"""The report of a run: one page that opens anywhere and loads nothing, at three depths."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 
 from remat.files import write_atomically
 from remat.planner.describe import group_regions
-from remat.report import palette, view
+from remat.report import charts, palette, view
 from remat.report.drawing import require_pictures
+from remat.report.evidence import evidence_sections, slice_rows, sliced_plan
+from remat.report.explain import tales
 from remat.report.losses import loss_picture
-from remat.report.pages import page_environment
+from remat.report.pages import content_policy, page_environment, page_script
 from remat.report.pareto import pareto_picture
+from remat.report.sentences import five_sentences
+from remat.report.tables import percent, seconds
 from remat.report.timeline import timeline_picture
+from remat.runs.reading import format_value, metric_name
 from remat.runs.records import Run, Variant
 from remat.units import format_bytes
 
@@ -51,7 +56,10 @@ def write_report(run: Run, path: str | os.PathLike[str]) -> Path:
 
 
 def render_html(run: Run) -> str:
-    """Make the run's page: pictures inside, no script, nothing loaded from anywhere.
+    """Make the run's page: summary, evidence and explanation; nothing loaded from anywhere.
+
+    Its one script is its own and named by its hash in the page's policy, so that a browser runs
+    nothing else; without scripts all is there but the animation.
 
     Raises
     ------
@@ -61,15 +69,19 @@ def render_html(run: Run) -> str:
 
     require_pictures()
     environment = page_environment()
-    environment.filters |= {
-        "zip": zip,
-        "svg": Markup,
-    }  # our own pictures, whose texts vega has escaped
+    told = tales(run)
+    script = page_script()
     timelines = _timelines(run)
     kinds = {kind for v in run.variants for s in v.timeline for kind in s.bytes_by_kind}
     return environment.get_template("run.html.j2").render(
         run=run,
+        sentences=five_sentences(run),
         tiles=view.tiles(run),
+        sections=[(section, *_pictured(run, section.key)) for section in evidence_sections(run)],
+        tales=told,
+        tale_data=[tale.for_script() for tale in told],
+        script=Markup(script),  # noqa: S704  our own file
+        policy=content_policy(script),
         rows=view.rows(run),
         how=view.how_measured(run),
         pareto=_pareto(run),
@@ -84,6 +96,99 @@ def render_html(run: Run) -> str:
         light=palette.css_variables(palette.LIGHT),
         dark=palette.css_variables(palette.DARK),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One entry of a picture's legend."""
+
+    label: str
+    role: str
+    shape: str
+
+
+def _pictured(run: Run, key: str) -> tuple[Picture | None, list[Key]]:
+    """Draw the picture of a section, if it has one, and say what its marks mean."""
+    draw = {
+        "equivalence": _equivalence,
+        "calibration": _reliability,
+        "slices": _slices,
+        "serving": _latency,
+    }.get(key)
+    return (None, []) if draw is None else draw(run)
+
+
+def _equivalence(run: Run) -> tuple[Picture | None, list[Key]]:
+    if not run.equivalences:
+        return None, []
+    told = "; ".join(
+        f"{e.variant}, {metric_name(e.metric)}: {'' if e.is_equivalent else 'not '}equivalent"
+        for e in run.equivalences
+    )
+    picture = Picture(
+        alt=f"Differences from no plan with their intervals, against the margin. {told}.",
+        wide=charts.equivalence_picture(run, width=_WIDE),
+        narrow=charts.equivalence_picture(run, width=_NARROW),
+    )
+    return picture, [
+        Key(label="inside the margin", role="plan-1", shape="plan"),
+        Key(label="not shown to be inside", role="policy-1", shape="policy"),
+    ]
+
+
+def _reliability(run: Run) -> tuple[Picture | None, list[Key]]:
+    found = charts.shown_calibration(run)
+    if found is None:
+        return None, []
+    label, calibration = found
+    keys = [Key(label=f"{label}, as trained", role="reference", shape="reference")]
+    told = f"expected error {percent(calibration.before.expected_error, 2)} as trained"
+    if calibration.after is not None:
+        keys.append(Key(label="after one temperature", role="plan-1", shape="plan"))
+        told += f", {percent(calibration.after.expected_error, 2)} after one temperature"
+    picture = Picture(
+        alt=f"Share of right predictions against confidence under {label}: {told}.",
+        wide=charts.reliability_picture(calibration, width=420, height=320),
+        narrow=charts.reliability_picture(calibration, width=_NARROW, height=230),
+    )
+    return picture, keys
+
+
+def _slices(run: Run) -> tuple[Picture | None, list[Key]]:
+    pairs = [p for p in slice_rows(run) if any(one and one.quality for one in p)]
+    if not pairs:
+        return None, []
+    shown = [planned or without for without, planned in pairs]
+    told = "; ".join(
+        f"{one.name}: {format_value(one.metric, one.quality.value)}"
+        for one in shown
+        if one is not None and one.quality is not None
+    )
+    best = sliced_plan(run)
+    keys = [Key(label="without a plan", role="reference", shape="reference")]
+    keys.append(Key(label=best.label if best else "under a plan", role="plan-1", shape="plan"))
+    picture = Picture(
+        alt=f"Quality of each slice with its confidence interval. {told}.",
+        wide=charts.slices_picture(run, width=_WIDE),
+        narrow=charts.slices_picture(run, width=_NARROW),
+    )
+    return picture, keys
+
+
+def _latency(run: Run) -> tuple[Picture | None, list[Key]]:
+    if run.serving is None or not run.serving.latencies:
+        return None, []
+    told = "; ".join(
+        f"{one.form} at batch {one.batch_size}: {seconds(one.p95_seconds)}"
+        for one in run.serving.latencies
+    )
+    picture = Picture(
+        alt=f"95th percentile of latency against batch size. {told}.",
+        wide=charts.latency_picture(run, width=_WIDE, height=300),
+        narrow=charts.latency_picture(run, width=_NARROW, height=260),
+    )
+    looks = charts.form_looks(run)
+    return picture, [Key(label=f, role=role, shape=shape) for f, (role, shape) in looks.items()]
 
 
 def _pareto(run: Run) -> Picture | None:

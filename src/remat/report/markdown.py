@@ -1,49 +1,64 @@
-"""The report of a run as short Markdown, for a pull request or a ticket."""
+"""The report of a run as Markdown, for a pull request or a ticket: the page's words and tables."""
 
 from __future__ import annotations
 
-from remat.report import view
-from remat.runs.records import Run
+from collections.abc import Iterator, Sequence
 
-_COLUMNS = (
-    "Variant",
-    "Budget",
-    "Predicted peak",
-    "Measured peak",
-    "Step time",
-    "Against no plan",
-    "Quality",
-    "Verdict",
-)
+from remat.report import view
+from remat.report.document import report_sections
+from remat.report.sentences import five_sentences
+from remat.report.tables import Section, Table
+from remat.runs.records import Run
 
 
 def render_markdown(run: Run) -> str:
-    """Write the summary, the table of variants and how they were measured."""
-    lines = [f"# {_cell(run.name)}", "", run.summary, "", _line(_COLUMNS)]
-    lines.append(_line(["---", *["---:"] * (len(_COLUMNS) - 2), "---"]))
-    for row in view.rows(run):
-        verdict = f"{row.verdict}: {row.message}" if row.message else row.verdict
-        budget = row.asked if row.budget == row.asked else f"{row.asked} ({row.budget})"
-        cells = (
-            row.label,
-            budget if row.asked != view.NOTHING else view.NOTHING,
-            row.predicted,
-            row.measured,
-            f"{row.step_time} {row.step_spread}",
-            row.extra_time,
-            f"{row.quality} {row.metric}",
-            verdict,
-        )
-        lines.append(_line(cells))
-    lines += ["", "## How this was measured", ""]
-    lines += [f"- {term}: {text}" for term, text in view.how_measured(run)]
+    """Write the five sentences, every table with how it was measured, and every gap."""
+    lines = [f"# {cell(run.name)}", "", "## Summary", ""]
+    lines += [f"- **{s.question}** {plain(s.text)}" for s in five_sentences(run)]
+    lines += ["", "## Evidence", "", plain(run.summary), ""]
+    for section in report_sections(run):
+        lines += [*_section(section), ""]
+    lines += ["### How this was measured", ""]
+    lines += [f"- {term}: {plain(text)}" for term, text in view.how_measured(run)]
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: list[str] | tuple[str, ...]) -> str:
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+def markdown_table(table: Table) -> Iterator[str]:
+    """Write a table, figures to the right."""
+    yield _line(table.columns)
+    yield _line(["---" if i in table.words else "---:" for i in range(len(table.columns))])
+    yield from (_line(row) for row in table.rows)
 
 
-def _cell(text: str) -> str:
+def plain(text: str) -> str:
+    """Keep a text from being read as markup: a tag, an emphasis or a link."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    for character in "\\`*_[]":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def cell(text: str) -> str:
     """Keep a text inside its cell: a bar or a line break would end it."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return plain(text).replace("|", "\\|")
+
+
+def _section(section: Section) -> Iterator[str]:
+    yield f"### {cell(section.title)}"
+    for gap in section.gaps:
+        yield from ("", f"> **Not evaluated** {plain(gap)}")
+    for remark in section.remarks:
+        yield from ("", plain(remark))
+    for table in section.tables:
+        if len(section.tables) > 1:
+            yield from ("", f"**{cell(table.title)}**")
+        yield ""
+        yield from markdown_table(table)
+    for line in section.working:
+        yield from ("", f"Arithmetic: {plain(line)}")
+    if section.how and section.tables:
+        yield from ("", f"How measured: {plain(section.how)}")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell(text) for text in cells) + " |"

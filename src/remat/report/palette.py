@@ -38,7 +38,11 @@ LIGHT: Final = {
     "kind-batch": "#f0e442",
     "kind-activations": "#56b4e9",
     "kind-temporaries": "#e69f00",
+    "act-forward": "#0072b2",
+    "act-again": "#d55e00",
+    "act-backward": "#007a5a",
     "budget": "#c03d00",
+    "link": "#00598c",
 }
 
 DARK: Final = LIGHT | {
@@ -52,7 +56,11 @@ DARK: Final = LIGHT | {
     "policy-3": "#f0b840",
     "kind-parameters": "#8c8c8c",
     "kind-buffers": "#c4c4c4",
+    "act-forward": "#e3f1ff",
+    "act-again": "#ff8a3d",
+    "act-backward": "#2cc798",
     "budget": "#ff9563",
+    "link": "#7cc4f4",
 }
 
 

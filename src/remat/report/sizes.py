@@ -12,6 +12,12 @@ from remat.report.pages import page_environment
 from remat.sizing.records import Mode, Survey
 
 _WIDTH = 900
+_TITLES = {
+    "batch": "number of examples per step",
+    "sequence": "number of tokens per sequence",
+    "image size": "side of images, pixels",
+    "depth": "number of layers",
+}
 _ROLES = {Mode.NOTHING: "reference", Mode.ALL_BLOCKS: "policy-1", Mode.PLANNED: "plan-1"}
 
 
@@ -69,7 +75,7 @@ def sizes_picture(survey: Survey) -> str:
     ]
     order = [row.device for row in survey.devices]
     modes = [mode.value for mode in Mode]
-    title = "examples per step" if survey.dimension == "batch" else "tokens per sequence"
+    title = _TITLES[survey.dimension]
     y = alt.Y("device:N", sort=order, title=None)
     offset = alt.YOffset("mode:N", sort=modes)
     x = alt.X("largest:Q", title=f"largest {title}")

@@ -8,6 +8,7 @@ from remat.planner.records import Rewrite, RewriteKind
 from remat.program import Program, Step
 from remat.rewriting.calls import sliced_blocks
 from remat.rewriting.heads import sliced_heads
+from remat.rewriting.tokens import sliced_tokens
 from remat.units import format_bytes, format_seconds
 
 _MOST_NAMED = 3  # modules or parameters in a note
@@ -25,18 +26,39 @@ def with_sliced_heads(plain: Program, step: Step, make: Make) -> tuple[Program, 
     return (program,)
 
 
-def with_sliced_blocks(
-    plain: Program, others: Sequence[Program], step: Step, make: Make
+def with_sliced_tokens(
+    plain: Program, heads: Sequence[Program], step: Step, make: Make
 ) -> tuple[Program, ...]:
-    """Trace the step with every block in slices of the batch, and what `others` rewrite.
+    """Trace the step with token-wise modules in slices of the tokens, and what `heads` rewrite.
 
-    Empty where blocks cannot be sliced, or where `others` reach as low a peak without.
+    Empty where there are none, or where that frees nothing.
+    """
+    before = tuple(r for head in heads for r in head.rewrites)
+    rewrites = sliced_tokens(plain, step.model, before)
+    program = make((*before, *rewrites)) if rewrites else None
+    lowest = min(p.keep_all_peak_bytes for p in (plain, *heads))
+    if program is None or program.keep_all_peak_bytes >= lowest:
+        return ()
+    program.rewrites = _with_reasons(plain, program)
+    return (program,)
+
+
+def with_sliced_blocks(
+    plain: Program,
+    heads: Sequence[Program],
+    others: Sequence[Program],
+    step: Step,
+    make: Make,
+) -> tuple[Program, ...]:
+    """Trace the step with every block in slices of the batch, and what `heads` rewrite.
+
+    Empty where blocks cannot be sliced, or where these or `others` reach as low a peak without.
     """
     rewrites = sliced_blocks(plain, step)
     if not rewrites:
         return ()
-    program = make((*(r for other in others for r in other.rewrites), *rewrites))
-    lowest = min(p.needed(p.least_peak()[1]) for p in (plain, *others))
+    program = make((*(r for head in heads for r in head.rewrites), *rewrites))
+    lowest = min(p.needed(p.least_peak()[1]) for p in (plain, *heads, *others))
     if program.needed(program.least_peak()[1]) >= lowest:
         return ()
     program.rewrites = _with_reasons(plain, program)
@@ -49,9 +71,11 @@ def rewrite_notes(rewrites: Sequence[Rewrite]) -> list[str]:
         return []
     heads = [r.module for r in rewrites if r.kind is RewriteKind.LOSS_HEAD]
     blocks = [r.module for r in rewrites if r.kind is RewriteKind.SLICED_CALL]
+    tokens = [r.module for r in rewrites if r.kind is RewriteKind.SLICED_TOKENS]
     affected = list(dict.fromkeys(name for r in rewrites for name in r.affects))
     what = [f"{name} and its loss" for name in heads]
     what += [f"{_listed(blocks)} (by the batch)"] if blocks else []
+    what += [f"{_listed(tokens)} (by the tokens)"] if tokens else []
     note = (
         f"Bit identity is given up: {' and '.join(what)} run in slices, so that the loss and the "
         f"gradients of {len(affected)} parameters ({_listed(affected)}) are summed in another "
@@ -84,4 +108,5 @@ def _with_reasons(plain: Program, program: Program) -> tuple[Rewrite, ...]:
 def _what(rewrite: Rewrite) -> str:
     if rewrite.kind is RewriteKind.LOSS_HEAD:
         return f"head and loss in {rewrite.num_slices} slices"
-    return f"recomputed in {rewrite.num_slices} slices of the batch"
+    along = "batch" if rewrite.kind is RewriteKind.SLICED_CALL else "tokens"
+    return f"recomputed in {rewrite.num_slices} slices of the {along}"

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from remat.runs.records import Run
-from remat.runs.store import RunEntry, list_runs, load_run, new_run_dir
+from remat.runs.store import RunEntry, RunQuery, list_runs, load_run, new_run_dir
 
-__all__ = ["Run", "RunEntry", "list_runs", "load_run", "new_run_dir"]
+__all__ = ["Run", "RunEntry", "RunQuery", "list_runs", "load_run", "new_run_dir"]

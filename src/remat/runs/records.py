@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 from pydantic import Field
 
 from remat.files import Record
 from remat.planner.records import Plan
-from remat.prove.records import MemorySample, Verification
+from remat.prove.records import MemorySample, StepStory, Verification
+from remat.runs.evidence import (
+    CalibrationEvidence,
+    Coverage,
+    Equivalence,
+    Expense,
+    Gap,
+    PriceSource,
+    Repeat,
+    Representation,
+    Serving,
+    SliceQuality,
+)
 
 
 class VariantKind(str, enum.Enum):
@@ -64,6 +77,9 @@ class EpochQuality(Record):
     epoch: int
     num_examples: int
     metrics: dict[str, float]
+    train_seconds: float | None = Field(
+        default=None, description="Time in training from its start to the end of this epoch."
+    )
 
 
 class Variant(Record):
@@ -87,9 +103,18 @@ class Variant(Record):
     timeline: tuple[MemorySample, ...] = Field(
         default=(), description="Memory over one simulated step, thinned out; peaks are kept."
     )
+    story: StepStory | None = Field(
+        default=None, description="The same step block by block: what runs, what it holds."
+    )
     losses: tuple[float, ...] = Field(default=(), description="Training loss of every step.")
     quality: tuple[EpochQuality, ...] = ()
     train_seconds: float | None = None
+    seconds_to_target: float | None = Field(
+        default=None,
+        description="Time in training until every target of the run was first seen to be reached; "
+        "None where they never were, or none was asked for.",
+    )
+    steps_to_target: int | None = Field(default=None, description="The same in steps.")
     losses_identical: bool | None = Field(
         default=None, description="Every loss equals that of the run without a plan, bit for bit."
     )
@@ -97,6 +122,17 @@ class Variant(Record):
         default=None, description="The final weights and buffers equal, bit for bit."
     )
     weights_sha256: str | None = None
+    peak_by_module: dict[str, int] = Field(
+        default_factory=dict,
+        description="Bytes at the simulated peak by the module that made them; "
+        "kinds that no module makes in brackets.",
+    )
+    repeats: tuple[Repeat, ...] = Field(
+        default=(), description="The same training from further seeds."
+    )
+    calibration: CalibrationEvidence | None = None
+    coverage: tuple[Coverage, ...] = ()
+    slices: tuple[SliceQuality, ...] = ()
 
 
 class FrontPoint(Record):
@@ -120,6 +156,47 @@ class Environment(Record):
     versions: dict[str, str]
     git_commit: str | None
     git_dirty: bool | None
+
+
+class Settings(Record):
+    """What an evaluation was asked for; going on with it asks for the same."""
+
+    budgets: tuple[int | str, ...] = Field(description="As they were asked for.")
+    policies: tuple[str, ...]
+    peers: tuple[str, ...]
+    front_points: int
+    max_steps: int | None
+    timing_rounds: int
+    warmup_rounds: int
+    keeps_weights: bool = False
+    seeds: int = 1
+    margin: float | None = None
+    # Any: the options of serving and prices, as their own classes have them
+    serving: dict[str, Any] | None = None
+    expenses: dict[str, Any] | None = None
+    check_every: int | None = Field(
+        default=None, description="Steps between two looks at whether the targets are reached."
+    )
+    device: str | None = Field(
+        default=None,
+        description="Where to train, as torch names it; else where the model is built.",
+    )
+
+
+class Origin(Record):
+    """What training starts from, by its bytes: the same start gives the same losses."""
+
+    weights_sha256: str
+    batch_sha256: str = Field(description="Of the first batch of training.")
+
+
+class Artifact(Record):
+    """A file that belongs to a run, kept by its content: `objects/<sha256>` of the store."""
+
+    name: str
+    sha256: str
+    size_bytes: int
+    media_type: str
 
 
 class RunStatus(str, enum.Enum):
@@ -149,6 +226,29 @@ class Run(Record):
     environment: Environment
     variants: tuple[Variant, ...]
     front: tuple[FrontPoint, ...] = ()
+    targets: dict[str, float] = Field(
+        default_factory=dict, description="Metrics that training should reach."
+    )
+    equivalences: tuple[Equivalence, ...] = ()
+    representation: tuple[Representation, ...] = ()
+    serving: Serving | None = None
+    expenses: tuple[Expense, ...] = ()
+    price_sources: tuple[PriceSource, ...] = Field(
+        default=(), description="Where every figure that the expenses follow from is from."
+    )
+    gaps: tuple[Gap, ...] = Field(
+        default=(), description="What could not be evaluated, each with its reason."
+    )
     passed: bool
     summary: str
     notes: tuple[str, ...] = ()
+    settings: Settings | None = None
+    origin: Origin | None = None
+    finished_stages: tuple[str, ...] = Field(
+        default=(), description="Stages that came to their end; a resumed run skips them."
+    )
+    yardstick: StepTimes | None = Field(
+        default=None,
+        description="A fixed piece of work, timed in turn with the steps.",
+    )
+    artifacts: tuple[Artifact, ...] = ()

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from remat.runs.records import Run, Variant
 
 _COLUMNS = ("variant", "series", "index", "value")
-_Row = tuple[str, str, int, str]
 
 
 def metrics_csv(run: Run) -> str:
@@ -22,16 +21,18 @@ def metrics_csv(run: Run) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for variant in run.variants:
-        writer.writerows(_rows(variant))
+        rows = series_of(variant)
+        writer.writerows((variant.label, name, index, repr(value)) for name, index, value in rows)
     return text.getvalue()
 
 
-def _rows(variant: Variant) -> Iterator[_Row]:
+def series_of(variant: Variant) -> Iterator[tuple[str, int, float]]:
+    """Yield every number of every series: its name, its place, and the value."""
     for step, loss in enumerate(variant.losses):
-        yield variant.label, "train_loss", step, repr(loss)
+        yield "train_loss", step, loss
     if variant.step_times is not None:
         for turn, seconds in enumerate(variant.step_times.seconds):
-            yield variant.label, "step_seconds", turn, repr(seconds)
+            yield "step_seconds", turn, seconds
     for point in variant.quality:
         for name, value in point.metrics.items():
-            yield variant.label, f"validation_{name}", point.epoch, repr(value)
+            yield f"validation_{name}", point.epoch, value

@@ -1,43 +1,41 @@
-"""The run store: one folder per run, listed and loaded by name, tolerant of damaged neighbours."""
+"""The run store: one folder per run, listed and loaded by name, tolerant of damaged neighbours.
+
+`run.json` in each folder is the truth; the index beside the folders only makes listing fast.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
-import enum
 import os
 import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from remat.errors import PlanFileError, RunError
-from remat.runs.records import Run, RunStatus
+from remat.runs.entries import RUN_FILE, EntryStatus, RunEntry
+from remat.runs.index import RunQuery, query_runs
+from remat.runs.locking import locked
+from remat.runs.records import Run
 
-RUN_FILE = "run.json"
+__all__ = [
+    "METRICS_FILE",
+    "REPORT_FILE",
+    "RUN_FILE",
+    "EntryStatus",
+    "RunEntry",
+    "RunQuery",
+    "claim_run_dir",
+    "find_run",
+    "held",
+    "list_runs",
+    "load_run",
+    "new_run_dir",
+    "store_root",
+]
 REPORT_FILE = "report.html"
 METRICS_FILE = "metrics.csv"
-
-
-class EntryStatus(str, enum.Enum):
-    """What a folder of the store holds."""
-
-    COMPLETE = "complete"
-    UNFINISHED = "unfinished"
-    DAMAGED = "damaged"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunEntry:
-    """One line of the list of runs; `message` says what is wrong with a damaged one."""
-
-    id: str
-    path: Path
-    status: EntryStatus
-    name: str = ""
-    created: str = ""
-    passed: bool | None = None
-    num_variants: int = 0
-    message: str = ""
 
 
 def store_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -88,16 +86,40 @@ def claim_run_dir(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def list_runs(root: str | os.PathLike[str] | None = None) -> list[RunEntry]:
-    """List the runs of a store, newest first; folders without a run are left out.
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Be the only process that writes the run in a folder, inside the block.
 
-    A run that cannot be read is listed as damaged with the reason, and hides no other.
+    What a killed writer left half written is removed first.
+
+    Raises
+    ------
+    RunError: if another process is writing it now.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError as error:
+            raise RunError(
+                f"another process is writing the run in {os.fspath(folder)!r}: wait for its end."
+            ) from error
+        for part in folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
+        yield
+
+
+def list_runs(
+    root: str | os.PathLike[str] | None = None, query: RunQuery | None = None
+) -> list[RunEntry]:
+    """List the runs of a store, all of them and the newest first unless a query asks for less.
+
+    Folders without a run are left out. A run that cannot be read is listed as damaged with the
+    reason, and hides no other.
     """
     folder = store_root(root)
     if not folder.is_dir():
         return []
-    found = [_read_entry(path) for path in folder.iterdir() if (path / RUN_FILE).is_file()]
-    return sorted(found, key=lambda entry: (entry.created or entry.id, entry.id), reverse=True)
+    return query_runs(folder, query or RunQuery())
 
 
 def load_run(id_or_path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Run:
@@ -137,22 +159,4 @@ def find_run(
     raise RunError(
         f"there is no run {name!r}: neither a folder with a {RUN_FILE}, nor the beginning of an id "
         f"in {os.fspath(folder)!r} (latest runs there: {known}). `remat runs` lists them."
-    )
-
-
-def _read_entry(path: Path) -> RunEntry:
-    try:
-        run = Run.load(path / RUN_FILE)
-    except PlanFileError as error:
-        return RunEntry(id=path.name, path=path, status=EntryStatus.DAMAGED, message=str(error))
-    finished = run.status is RunStatus.COMPLETE
-    return RunEntry(
-        id=path.name,
-        path=path,
-        status=EntryStatus.COMPLETE if finished else EntryStatus.UNFINISHED,
-        name=run.name,
-        created=run.created,
-        passed=run.passed if finished else None,
-        num_variants=len(run.variants),
-        message=run.summary,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from remat.runs.evidence import Equivalence
+from remat.runs.findings import over_seeds, weakest_slice
 from remat.runs.reading import (
     MINUS,
     best_planned,
@@ -18,7 +20,13 @@ from remat.runs.records import Variant, VariantKind, VariantStatus, Verdict
 from remat.units import format_bytes, format_seconds
 
 
-def summarize(name: str, variants: Sequence[Variant], *, is_complete: bool) -> str:
+def summarize(
+    name: str,
+    variants: Sequence[Variant],
+    *,
+    is_complete: bool,
+    equivalences: Sequence[Equivalence] = (),
+) -> str:
     """Write the paragraph: memory, time, whether the result changed, and what could not be done."""
     reference = reference_of(variants)
     best = best_planned(variants)
@@ -26,6 +34,8 @@ def summarize(name: str, variants: Sequence[Variant], *, is_complete: bool) -> s
     if reference is not None and reference.measured_peak_bytes and best is not None:
         sentences.append(_headline(name, reference, best))
         sentences.append(_sameness(variants))
+        sentences.append(over_seeds(equivalences))
+        sentences.append(weakest_slice(variants))
         sentences.extend(_against_policy(reference, variants))
     elif best is not None:
         sentences.append(
@@ -87,10 +97,9 @@ def _sameness(variants: Sequence[Variant]) -> str:
             f"The result of training is unchanged: the losses of all {steps:,} steps and the final "
             f"weights equal those of training without a plan, bit for bit{ending}."
         )
-    return (
-        "Training differs from that without a plan by no more than two runs without a plan differ "
-        "from each other."
-    )
+    differing = [v for v in trained if not (v.losses_identical and v.weights_identical)]
+    told = "; ".join(f"{variant.label}: {variant.message}" for variant in differing)
+    return f"Training under a plan differs in its bits. {told[0].upper()}{told[1:]}."
 
 
 def _against_policy(reference: Variant, variants: Sequence[Variant]) -> list[str]:

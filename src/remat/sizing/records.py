@@ -24,7 +24,9 @@ class Size(Record):
     """
 
     mode: Mode
-    largest: int = Field(ge=0, description="Examples per step and device, or tokens per example.")
+    largest: int = Field(
+        ge=0, description="Of the dimension: examples per step and device, tokens, pixels, layers."
+    )
     needed_bytes: int = Field(description="Of the device's memory, context and margin included.")
     step_seconds: float = Field(description="Estimated, recomputation included.")
     recompute_fraction: float = Field(description="Recomputed cost over that of the forward pass.")
@@ -40,6 +42,9 @@ class DeviceFit(Record):
     available_bytes: int
     usd_per_hour: float | None = None
     price_source: str = ""
+    is_price_verified: bool = Field(
+        default=True, description="The price was found in its source again; else remembered."
+    )
     sizes: tuple[Size, ...]
 
     @property
@@ -54,7 +59,9 @@ class Survey(Record):
 
     schema_version: int = 1
     workload: str
-    dimension: str = Field(description="What was made as large as possible: batch or sequence.")
+    dimension: str = Field(
+        description="What was made as large as possible: batch, sequence, image size or depth."
+    )
     asked: int = Field(description="The size that the workload itself has.")
     shards: int = 1
     examples_per_epoch: int | None = None

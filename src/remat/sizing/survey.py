@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from remat.cost.devices import Device
-from remat.errors import BudgetError, WorkloadError
+from remat.errors import BudgetError, CaptureError, WorkloadError
 from remat.fit import Progress
 from remat.program import Program, Step
 from remat.prove.accounting import target_of
 from remat.regions.fingerprint import device_type_of
+from remat.sizing.deepening import SHALLOW, deepen
 from remat.sizing.estimate import needed_bytes
-from remat.sizing.prices import Price
+from remat.sizing.offers import Price
 from remat.sizing.records import DeviceFit, Mode, Size, Survey
 from remat.sizing.scaling import ScaledTraces
 from remat.sizing.search import LARGEST, largest_fitting
@@ -35,6 +36,8 @@ _AFFINE = 0.01
 # Above this many ops a third trace takes longer than it is worth waiting for.
 _MOST_OPS_CONFIRMED = 10_000
 _SOLVE_S = 3.0
+# Where two shallow traces and one made of them take less than the model's own.
+_LEAST_LAYERS = 3 * SHALLOW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,14 @@ class Subject:
     make_batch: from a size to a batch, real or abstract.
     asked: the size that the workload itself has.
     examples: from a size to the examples in a batch: itself where the batch is sized.
-    small, large: the sizes that are traced.
+    small, large: the sizes that are traced, from which others follow; not used where `is_affine`
+        is false: then every size that is looked at is traced.
+    unit: sizes are multiples of it.
     most: the largest size that makes sense.
+    make_model: from a size to a model, where the model depends on it.
+    with_layers: from a number of layers to such a model, where traces of many layers may follow
+        from those of few.
+    layers: how many layers the model has; the size, where `with_layers` is `make_model`.
     """
 
     name: str
@@ -58,21 +67,53 @@ class Subject:
     examples: Callable[[int], int] = lambda size: size
     small: int = _SMALL
     large: int = _LARGE
+    unit: int = 1
     most: int = LARGEST
+    is_affine: bool = True
+    make_model: Callable[[int], nn.Module] | None = None
+    with_layers: Callable[[int], nn.Module] | None = None
+    layers: int = 0
     loss: Loss | None = None
     optimizer: OptimizerLike = DEFAULT_OPTIMIZER
     shards: int = 1
     traces: dict[tuple[Target | None, int], StepTrace] = field(default_factory=dict)
 
+    def model_of(self, size: int) -> nn.Module:
+        """Return the model that a step of one size trains."""
+        return self.model if self.make_model is None else self.make_model(size)
+
     def trace(self, target: Target | None, size: int) -> StepTrace:
         """Trace a step of one size; each is traced once for each kind of device."""
-        known = self.traces.get((target, size))
-        if known is None:
-            known = self.traces[target, size] = capture(
-                self.model, self.make_batch(size), loss=self.loss, optimizer=self.optimizer,
-                target=target,
-            )  # fmt: skip
-        return known
+        key = (target, size)
+        if key not in self.traces:
+            found = self._deepened(target, size)
+            self.traces[key] = found or self._captured(target, size, self.model_of(size))
+        return self.traces[key]
+
+    def _deepened(self, target: Target | None, size: int) -> StepTrace | None:
+        """Put the trace of a deep model together from those of shallow ones, if layers are alike.
+
+        For a number of layers as the size, the shallow ones serve every depth; else they are of
+        use where the model is much deeper than both together.
+        """
+        if self.with_layers is None:
+            return None
+        if self.with_layers is self.make_model:
+            if size <= SHALLOW + 1:
+                return None
+            shallow, deeper = (self.trace(target, SHALLOW + more) for more in (0, 1))
+            return deepen(shallow, deeper, size - SHALLOW)
+        if self.layers < _LEAST_LAYERS:
+            return None
+        shallow, deeper = (
+            self._captured(target, size, self.with_layers(SHALLOW + more)) for more in (0, 1)
+        )
+        return deepen(shallow, deeper, self.layers - SHALLOW)
+
+    def _captured(self, target: Target | None, size: int, model: nn.Module) -> StepTrace:
+        return capture(
+            model, self.make_batch(size), loss=self.loss, optimizer=self.optimizer, target=target
+        )
 
 
 def survey(
@@ -130,59 +171,61 @@ class Sizer:
         self._device = device
         self.available_bytes = available_bytes
         self._target = target_of(device, device_type_of(subject.model))
-        self._scaled = self._between(subject.small, subject.large)
-        self.at = functools.lru_cache(maxsize=8)(self._program)
+        if subject.is_affine:
+            self._scaled = self._between(subject.small, subject.large)
+        self._at = functools.lru_cache(maxsize=8)(self._program)
 
     def _between(self, small: int, large: int) -> ScaledTraces:
         first, second = (self._subject.trace(self._target, size) for size in (small, large))
         return ScaledTraces(first, second, small, large)
 
-    def _program(self, size: int) -> Program:
+    def program(self, mode: Mode, size: int) -> Program:
+        """Return the step of a size, with the options that a mode chooses from."""
+        return self._at(size, only_blocks=mode is not Mode.PLANNED)
+
+    def _program(self, size: int, *, only_blocks: bool) -> Program:
         subject = self._subject
-        trace = self._scaled.at(size)
+        if subject.is_affine:
+            trace, made = self._scaled.at(size), subject.small
+        else:
+            trace, made = subject.trace(self._target, size), size
         # The trace stands for the step: the batch itself, which may be large, is not made.
         step = Step(
-            subject.model, subject.make_batch(subject.small), subject.loss, subject.optimizer
+            subject.model_of(size), subject.make_batch(made), subject.loss, subject.optimizer
         )
         return Program(
             step, device=self._device, cost=None, time_limit_s=_SOLVE_S,
             report=lambda _what, _share: None, trace=shard(trace, subject.shards),
+            only_blocks=only_blocks,
         )  # fmt: skip
-
-    def chosen(self, mode: Mode, size: int) -> frozenset[int]:
-        """Return the options of a mode; of `PLANNED`, those with the least peak."""
-        program = self.at(size)
-        if mode is Mode.NOTHING:
-            return frozenset()
-        if mode is Mode.ALL_BLOCKS:
-            return frozenset(program.blocks)
-        return program.solver.least_peak([frozenset(program.blocks)]).chosen
 
     def needed(self, mode: Mode, size: int) -> int:
         """Return the bytes that a step needs in a mode; of `PLANNED`, the least of all modes."""
-        if mode is not Mode.PLANNED:
-            return needed_bytes(self.at(size), self.chosen(mode, size))
-        # The least peak by the timeline first; reserved bytes may order choices otherwise.
-        least = needed_bytes(self.at(size), self.chosen(mode, size))
-        for other in (Mode.ALL_BLOCKS, Mode.NOTHING):
-            if least <= self.available_bytes:
-                break
-            least = min(least, needed_bytes(self.at(size), self.chosen(other, size)))
-        return least
+        program = self.program(mode, size)
+        needed = needed_bytes(program, _least(mode, program))
+        if mode is Mode.PLANNED:
+            # The least peak by the timeline first; reserved bytes may order choices otherwise.
+            for other in (Mode.ALL_BLOCKS, Mode.NOTHING):
+                if needed > self.available_bytes:
+                    needed = min(needed, needed_bytes(program, _least(other, program)))
+        return needed
 
     def largest(self, mode: Mode, at_least: int = 0) -> int:
         """Return the largest size that fits in a mode, 0 if none does."""
-        needed = functools.partial(self.needed, mode)
-        return largest_fitting(
-            needed, self.available_bytes, at_least=at_least, most=self._subject.most
+        unit = self._subject.unit
+        return unit * largest_fitting(
+            lambda units: self.needed(mode, units * unit),
+            self.available_bytes,
+            at_least=at_least // unit,
+            most=self._subject.most // unit,
         )
 
     def best_choice(self, mode: Mode, size: int) -> frozenset[int]:
         """Return what a mode recomputes at a size; of `PLANNED`, the cheapest that fits."""
+        program = self.program(mode, size)
         if mode is not Mode.PLANNED:
-            return self.chosen(mode, size)
-        program = self.at(size)
-        known = [self.chosen(m, size) for m in Mode]
+            return _least(mode, program)
+        known = [_least(m, program) for m in Mode]
         allowed = program.accounting.allowed_bytes(self.available_bytes)
         for _ in range(4):
             found = program.solver.cheapest(allowed, known)
@@ -201,8 +244,17 @@ class Sizer:
         if abs(bytes_said - bytes_real) <= _AFFINE * bytes_real:
             return False
         self._scaled = self._between(self._subject.small, size)
-        self.at.cache_clear()
+        self._at.cache_clear()
         return True
+
+
+def _least(mode: Mode, program: Program) -> frozenset[int]:
+    """Return what a mode recomputes; of `PLANNED`, what has the least peak."""
+    if mode is Mode.NOTHING:
+        return frozenset()
+    if mode is Mode.ALL_BLOCKS:
+        return frozenset(program.blocks)
+    return program.solver.least_peak([frozenset(program.blocks)]).chosen
 
 
 def _device_sizes(subject: Subject, device: Device) -> tuple[list[Size], str]:
@@ -210,15 +262,24 @@ def _device_sizes(subject: Subject, device: Device) -> tuple[list[Size], str]:
     sizes = _sizes(subject, sizer)
     top = max(size.largest for size in sizes)
     note = ""
-    if top > subject.large:
+    if subject.is_affine and top > subject.large:
         if len(subject.trace(sizer._target, subject.small).ops) > _MOST_OPS_CONFIRMED:
             note = (
                 f"Sizes follow from traces of {subject.small} and {subject.large}; no larger one "
                 "was traced, as this model takes long."
             )
-        elif sizer.refine(top):
-            sizes = _sizes(subject, sizer)
-            note = "Some bytes grow faster than the batch: sizes were searched again from above."
+        else:
+            try:
+                differs = sizer.refine(top)
+            except CaptureError as error:
+                note = f"Sizes follow from small ones; {top} was not traced itself: {error}"
+            else:
+                if differs:
+                    sizes = _sizes(subject, sizer)
+                    note = (
+                        "Some bytes grow faster than the batch: sizes were searched again from "
+                        "above."
+                    )
     return sizes, note
 
 
@@ -227,8 +288,8 @@ def _sizes(subject: Subject, sizer: Sizer) -> list[Size]:
     for mode in Mode:
         known = max((s.largest for s in sizes), default=0) if mode is Mode.PLANNED else 0
         largest = sizer.largest(mode, known)
-        at = max(largest, 1)
-        program = sizer.at(at)
+        at = max(largest, subject.unit)
+        program = sizer.program(mode, at)
         chosen = sizer.best_choice(mode, at)
         seconds = program.cost.step_seconds + program.solver.cost(chosen)
         again = sum(program.options[p].seconds for p in chosen)
@@ -266,6 +327,7 @@ def _priced(
         available_bytes=device.available_bytes,
         usd_per_hour=price.usd_per_hour if price is not None else None,
         price_source=f"{price.source}, {price.date}" if price is not None else "",
+        is_price_verified=price is None or price.is_verified,
         sizes=tuple(rows),
     )
 
@@ -287,8 +349,9 @@ def _cheapest(rows: Sequence[DeviceFit], asked: int) -> str | None:
 def _refuse(subject: Subject, device: Device) -> None:
     """Say how much is missing for one example on the largest device, and what would help."""
     sizer = Sizer(subject, device, device.available_bytes)
-    needed = sizer.needed(Mode.PLANNED, 1)
-    program = sizer.at(1)
+    least = subject.unit
+    needed = sizer.needed(Mode.PLANNED, least)
+    program = sizer.program(Mode.PLANNED, least)
     blame: dict[str, int] = {}
     for storage in program.trace.storages:
         if storage.birth == 0:
@@ -296,11 +359,21 @@ def _refuse(subject: Subject, device: Device) -> None:
     state = sum(s.size_bytes for s in program.trace.storages if s.kind == "optimizer")
     gradients = sum(s.size_bytes for s in program.trace.storages if s.kind == "gradients")
     blame |= {"optimizer": state, "gradients": gradients}
-    rest = needed - sum(blame.values())
-    error = BudgetError(device.available_bytes, needed, blame | {"the step itself": max(0, rest)})
-    missing = format_bytes(needed - device.available_bytes)
-    sentence = f"not even a {subject.dimension} of 1 fits on {device.name} with everything "
-    sentence += f"recomputed: {missing} are missing. {error.args[0]} Training sharded over several "
-    sentence += "devices (--shards N) divides parameters, gradients and optimizer state."
-    error.args = (sentence,)
+    blame["the step itself"] = max(0, needed - sum(blame.values()))
+    error = BudgetError(device.available_bytes, needed, blame)
+    activations = blame["the step itself"]
+    sentence = f"not even a {subject.dimension} of {least} fits on {device.name} with everything "
+    sentence += f"recomputed: {error.args[0]} Training sharded over several "
+    sentence += "devices (--shards N) divides parameters, gradients and optimizer state"
+    if needed - device.available_bytes <= activations:
+        sentence += (
+            f"; offloading to host memory (`remat plan --host-budget`) could take what is missing "
+            f"from the {format_bytes(activations)} of activations and temporaries"
+        )
+    else:
+        sentence += (
+            f"; offloading cannot help alone, as the state of training is larger than the device: "
+            f"only {format_bytes(activations)} are activations and temporaries"
+        )
+    error.args = (f"{sentence}.",)
     raise error

@@ -22,12 +22,20 @@ from torch._subclasses.fake_tensor import (
 
 from remat.errors import CaptureError, RematError, WorkloadError
 from remat.trace.effects import first_change, visible_state
-from remat.trace.recorder import Recorder, python_random_state
+from remat.trace.parallel import (
+    check_wrapping,
+    refuse_wrapped,
+    resizes_in_sight,
+    swap_data_parallel,
+    swap_sharded,
+)
+from remat.trace.recorder import Recorder, python_random_state, tensors_in
 from remat.trace.records import (
     ACTIVATIONS,
     BACKWARD,
     BASE_KINDS,
     BATCH,
+    BUCKETS,
     BUFFERS,
     FORWARD,
     GRADIENTS,
@@ -97,6 +105,7 @@ def capture(
     CaptureError: for a step that cannot be traced.
     """
     check_model(model)
+    check_wrapping(model)
     run = functools.partial(
         _capture, model, batch, loss=loss, optimizer=optimizer, drop_saved=drop_saved,
         target=target,
@@ -136,18 +145,23 @@ def _capture(
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     recorder = Recorder(mode, drop_saved=drop_saved)
     device_type = _device_type(model) if target is None else target.device_type
+    buckets: list[Tensor] = []
     translate: Callable[[Tensor], Tensor]
     with contextlib.ExitStack() as stack:
         if mode is not None:
             stack.enter_context(untouched(model))
-            translate = FakeFactory(mode, device or torch.device("cpu"))
-            swap_tensors(model, translate)
+            translate = factory = FakeFactory(mode, device or torch.device("cpu"))
+            swap_sharded(model, factory)
+            swap_tensors(model, factory)
             batch = map_tensors(batch, translate)
             stack.enter_context(_branches_as_on_real_tensors())
             stack.enter_context(mode)
             stack.enter_context(_fake_random_state(is_on_host=device_type != "cpu"))
             stack.enter_context(ops_of(target))
+            stack.enter_context(resizes_in_sight(model, recorder))
+            buckets = swap_data_parallel(model)
         else:
+            refuse_wrapped(model)
             stack.enter_context(untouched(model))
             memo: dict[int, Any] = {}
             model = copy.deepcopy(model, memo)
@@ -156,6 +170,8 @@ def _capture(
             translate = lambda t: memo.get(id(t), t)  # noqa: E731
             stack.enter_context(_random_state_in_sight(recorder))
         parameter_names, buffer_names = _register_base(recorder, model, batch)
+        for bucket in buckets:
+            recorder.register(bucket, BUCKETS)
         stack.enter_context(_recorded_calls(recorder, model))
         optimizer_object = make_optimizer(optimizer, model, translate)
         default_to_foreach(optimizer_object, device_type)
@@ -178,6 +194,7 @@ def _capture(
         buffer_names=buffer_names,
         device_type=device_type,
         parameter_names=parameter_names,
+        replayed_ticks=recorder.replayed_ticks,
     )
 
 
@@ -196,19 +213,19 @@ def _run(
         recorder.begin(BACKWARD)
         value.backward()  # type: ignore[no-untyped-call]
         for parameter in model.parameters():
-            if parameter.grad is not None:
-                index = recorder.register(parameter.grad, GRADIENTS)
-                recorder.storages[index].kind = GRADIENTS
+            for tensor in tensors_in(parameter.grad):
+                index = recorder.register(tensor, GRADIENTS)
+                if recorder.storages[index].kind not in BASE_KINDS:  # a view of a bucket
+                    recorder.storages[index].kind = GRADIENTS
         if optimizer is not None:
             recorder.recording = False
             recorder.stage = OPTIMIZER_STEP
             optimizer.step()
             for state in optimizer.state.values():
-                for tensor in state.values() if isinstance(state, dict) else ():
-                    if isinstance(tensor, Tensor):
-                        index = recorder.register(tensor, OPTIMIZER_STATE)
-                        if recorder.storages[index].kind not in BASE_KINDS:
-                            recorder.storages[index].kind = OPTIMIZER_STATE
+                for tensor in tensors_in(state):
+                    index = recorder.register(tensor, OPTIMIZER_STATE)
+                    if recorder.storages[index].kind not in BASE_KINDS:
+                        recorder.storages[index].kind = OPTIMIZER_STATE
             recorder.recording = True
         recorder.begin(OPTIMIZER)
         if optimizer is not None:
@@ -222,8 +239,9 @@ def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> tuple[_N
     """Note what lives through the whole step; return names of parameters, buffers by storage."""
     parameters: _Names = {}
     for name, parameter in model.named_parameters():
-        index = recorder.register(parameter, PARAMETERS)
-        parameters[index] = (*parameters.get(index, ()), name)
+        for tensor in tensors_in(parameter):
+            index = recorder.register(tensor, PARAMETERS)
+            parameters[index] = (*parameters.get(index, ()), name)
     names: _Names = {}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         index = recorder.register(buffer, BUFFERS)

@@ -1,7 +1,14 @@
-"""A dispatch mode that writes down every op of a training step, and what memory lives when."""
+"""A dispatch mode that writes down every op of a training step, and what memory lives when.
+
+NOTE [ Gathered ]
+FSDP2 gathers parameters into storages that autograd goes on holding while they are empty: their
+memory comes and goes by resizing. Such a storage is recorded as a parameter of no bytes, so that
+holding it costs nothing, and its memory as a storage beside it, which nothing else knows of.
+"""
 
 from __future__ import annotations
 
+import functools
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +29,15 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.flop_counter import flop_registry
 
+from remat.trace.collectives import is_distributed, results_of_collective, unwrapped
 from remat.trace.leaves import Identities, flatten
 from remat.trace.records import (
     ACTIVATIONS,
+    BACKWARD,
+    EMPTY_OPS,
     FORWARD,
+    GATHERED,
+    PARAMETERS,
     TEMPORARIES,
     Call,
     Handle,
@@ -35,6 +47,9 @@ from remat.trace.records import (
     Storage,
     TensorMeta,
 )
+from remat.trace.recurrent import as_the_kernel
+from remat.trace.replaying import is_replaying
+from remat.trace.saved import version_check
 from remat.trace.standin import map_tensors
 from remat.trace.values import (
     compute_from_values,
@@ -48,17 +63,25 @@ from remat.trace.values import (
 # Any: arguments of ops and modules are whatever torch and the user pass.
 
 _SCALAR = torch.ops.aten._local_scalar_dense.default
+_COPY_OUT = "fsdp::split_with_sizes_copy"  # fills gathered parameters
 
 
 class Packed:
     """What autograd keeps in place of a saved tensor; its death is the tensor's release."""
 
-    __slots__ = ("_recorder", "handle", "restore")
+    __slots__ = ("_recorder", "check", "handle", "restore")
 
-    def __init__(self, recorder: Recorder, handle: Handle, restore: Callable[[], Tensor]) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        handle: Handle,
+        restore: Callable[[], Tensor],
+        check: Callable[[], None],
+    ) -> None:
         self._recorder = recorder
         self.handle = handle
         self.restore = restore
+        self.check = check
 
     def __del__(self) -> None:
         self.handle.end = max(self.handle.end, self._recorder.tick)
@@ -78,6 +101,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
+
+
+def nodes_in(value: Any) -> Iterator[Any]:
+    """Walk the nodes of autograd's graph that made the tensors in a value; Any: torch's own."""
+    for tensor in tensors_in(value):
+        if tensor.grad_fn is not None:
+            yield tensor.grad_fn
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -102,8 +132,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.signatures: dict[OpSignature, int] = {}
         self.call_stack: list[int] = []
         self.phase_start: dict[str, int] = {}
+        self.replayed_ticks: list[int] = []
         self._live: dict[int, int] = {}  # address of a storage -> id
+        self._since: dict[int, int] = {}  # id -> tick from which it holds memory
+        self._gathered: dict[int, int] = {}  # id of a gathered parameter -> id of its memory
         self._watchers: dict[int, weakref.ref[Any]] = {}
+        self._stand_ins: dict[int, Handle] = {}  # address -> saved tensor that it stands for
         self._call_counts: dict[str, int] = {}
         self._identities = Identities()
 
@@ -118,32 +152,68 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         index = len(self.storages)
         call = self.call_stack[-1] if self.call_stack else -1
         self.storages.append(Storage(storage.nbytes(), kind, self.tick, call))
+        self._since[index] = self.tick
         self._watch(storage, index, None)
         return index
 
     def _watch(self, storage: Any, index: int, handle: Handle | None) -> None:
         address = storage._cdata
         self._live[address] = index
-        birth = self.tick
+        if handle is not None:
+            self._stand_ins[address] = handle
 
         def died(_: object) -> None:
             self._live.pop(address, None)
             self._watchers.pop(address, None)
+            self._stand_ins.pop(address, None)
             if handle is None:
-                self.storages[index].intervals.append((birth, self.tick))
+                self._end_interval(index)
             else:
                 handle.end = max(handle.end, self.tick)
 
         self._watchers[address] = weakref.ref(storage, died)
 
+    def _end_interval(self, index: int) -> None:
+        """Note that nothing but saved tensors holds a storage's memory from now on."""
+        index = self._gathered.get(index, index)
+        since = self._since.pop(index, None)
+        if since is not None:
+            self.storages[index].intervals.append((since, self.tick))
+
+    def note_resize(self, storage: Any, size_bytes: int) -> None:
+        """Note that a storage gives its memory back, or takes it anew, while tensors hold it."""
+        index = self._live.get(storage._cdata)
+        if index is None or not self.recording:
+            return
+        index = self._gathered.get(index, index)
+        if size_bytes == 0:
+            self._end_interval(index)
+        else:
+            self.tick += 1
+            self._since.setdefault(index, self.tick)
+            self.storages[index].size_bytes = size_bytes
+
+    def _note_gathered(self, index: int) -> None:
+        """Count the memory of a gathered parameter apart from it; see NOTE [ Gathered ]."""
+        if index in self._gathered:
+            return
+        parameter = self.storages[index]
+        memory = len(self.storages)
+        self._gathered[index] = memory
+        self.storages.append(Storage(parameter.size_bytes, GATHERED, self.tick, parameter.call))
+        self._since[memory] = self._since.pop(index)
+        parameter.kind, parameter.size_bytes = PARAMETERS, 0
+
     def close(self) -> None:
         """End the record: what is alive now stays alive to the last tick."""
         for address, index in list(self._live.items()):
             if address in self._watchers:
-                storage = self.storages[index]
-                storage.intervals.append((storage.birth, self.tick))
+                self._end_interval(index)
+        for handle in self._stand_ins.values():  # as where a gradient is a saved tensor's memory
+            handle.end = self.tick
         self._live.clear()
         self._watchers.clear()
+        self._stand_ins.clear()
         for handle in self.handles:
             if handle.end < 0:
                 handle.end = self.tick
@@ -156,13 +226,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self.recording:
             return tensor
         self.tick += 1
-        index = self.register(tensor, ACTIVATIONS)
+        inner, wrap = unwrapped(tensor)
+        index = self.register(inner, ACTIVATIONS)
         call = self.call_stack[-1] if self.call_stack else -1
         handle = Handle(index, call, self.tick, ops_before=len(self.ops))
         self.handles.append(handle)
-        if self.storages[index].birth == 0 or not self.drop_saved:
-            return Packed(self, handle, lambda: tensor)
-        return Packed(self, handle, self._stand_in(tensor, index, handle))
+        stays = self.storages[index].birth == 0 or index in self._gathered
+        check = version_check(tensor)
+        if stays or not self.drop_saved:
+            return Packed(self, handle, lambda: tensor, check)
+        stand_in = self._stand_in(inner, index, handle)
+        return Packed(self, handle, lambda: wrap(stand_in()), check)
 
     def _stand_in(self, tensor: Tensor, index: int, handle: Handle) -> Callable[[], Tensor]:
         if self.fake_mode is None:
@@ -196,6 +270,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tick += 1
         if packed.handle.unpack < 0:
             packed.handle.unpack = self.tick
+        packed.check()
         return packed.restore()
 
     # -- module calls -----------------------------------------------------------------------------
@@ -234,6 +309,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dict.fromkeys(self.register(t, ACTIVATIONS) for t in tensors_in(outputs))
         )
         call.results = self._leaves(outputs)
+        if self.drop_saved and call.phase == FORWARD and call.uses_grad:
+            for node in nodes_in(outputs):
+                node.register_prehook(functools.partial(self._enter_backward, call))
+
+    def _enter_backward(self, call: Call, _gradients: Any) -> None:
+        """Note that backward comes to the result of a call: the next tick is the first after."""
+        if call.entered < 0:
+            call.entered = self.tick + 1
 
     def _leaves(self, value: Any) -> Leaves:
         found, nesting = flatten(value)
@@ -261,6 +344,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if is_distributed(types):
+            return NotImplemented  # its own dispatch comes first, and makes ops on what it wraps
+        if func.namespace == "c10d" and self.fake_mode is not None:
+            return self._skip_collective(func, args, kwargs)
         written = _written(func, args, kwargs) if func._schema.is_mutable else []
         if self.fake_mode is not None and not all(isinstance(t, FakeTensor) for t in written):
             # A real tensor from outside the model, which even `FakeTensorMode` would write to.
@@ -279,12 +366,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             if shadows is None or not follow_values(func, shadows, out):
                 forget_values(written)
+        if self.fake_mode is not None:
+            out = as_the_kernel(func, args, out, self.fake_mode)
         if self.recording and func.namespace != "prim":
+            self._record(func, args, kwargs, out)
+        return out
+
+    def _skip_collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a collective, and return as if every process had taken part in it."""
+        out = results_of_collective(func, args)
+        if self.recording:
             self._record(func, args, kwargs, out)
         return out
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.tick += 1
+        # Only the recomputation of modules enables gradients in backward; single ops say so.
+        if self.phase == BACKWARD and (torch.is_grad_enabled() or is_replaying()):
+            self.replayed_ticks.append(self.tick)
         kind = ACTIVATIONS if self.phase == FORWARD else TEMPORARIES
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
         inputs = tuple(dict.fromkeys(self.register(t, kind) for t in tensors))
@@ -297,9 +396,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.storages[fresh[0]].size_bytes = max(t.numel() for t in tensors) * out.itemsize
         for tensor, size_bytes in _wider_statistics(func, args, produced):
             self.storages[self.register(tensor, kind)].size_bytes = size_bytes
-        mutated = _mutated(func, args, kwargs)
+        if func._schema.name == _COPY_OUT:
+            for tensor in tensors_in(kwargs["out"]):
+                self._note_gathered(self.register(tensor, kind))
+        # What communication writes to is as it was when it is read.
+        is_communication = func.namespace in ("c10d", "fsdp")
+        mutated = [] if is_communication else written_by(func, args, kwargs)
         mutated_ids = tuple(dict.fromkeys(self.register(t, kind) for t in mutated))
-        moved = sum(t.numel() * t.element_size() for t in (*tensors, *produced))
+        moved = 0
+        if str(func) not in EMPTY_OPS:
+            moved = sum(t.numel() * t.element_size() for t in (*tensors, *produced))
         formula = flop_registry.get(func._overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
         signature = OpSignature(
@@ -318,7 +424,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 inputs,
                 fresh,
                 mutated_ids,
-                _is_random(func, args, kwargs),
+                is_random(func, args, kwargs),
                 str(floating).removeprefix("torch.") if floating is not None else "",
             )
         )
@@ -340,7 +446,7 @@ def python_random_state() -> Any:
     return random.getstate(), position
 
 
-def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an op draws random numbers; attention does so only with dropout."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
@@ -351,7 +457,7 @@ def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     return True
 
 
-def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """List the tensors that an op writes to, by its schema or by what is known of it."""
     if not func._schema.is_mutable:
         return _batch_norm_statistics(func, args)

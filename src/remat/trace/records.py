@@ -27,10 +27,23 @@ OPTIMIZER_STATE = "optimizer"
 GRADIENTS = "gradients"
 ACTIVATIONS = "activations"
 TEMPORARIES = "temporaries"
+# Of models wrapped for several processes: parameters that FSDP2 has gathered, and DDP's buckets.
+GATHERED = "gathered"
+BUCKETS = "buckets"
+WRAPPED_KINDS = frozenset({GATHERED, BUCKETS})
 KINDS = (
-    PARAMETERS, BUFFERS, BATCH, OPTIMIZER_STATE, GRADIENTS, ACTIVATIONS, TEMPORARIES,
+    PARAMETERS, BUFFERS, BATCH, OPTIMIZER_STATE, GRADIENTS, ACTIVATIONS, TEMPORARIES, GATHERED,
+    BUCKETS,
 )  # fmt: skip
-BASE_KINDS = frozenset({PARAMETERS, BUFFERS, BATCH, OPTIMIZER_STATE})
+BASE_KINDS = frozenset({PARAMETERS, BUFFERS, BATCH, OPTIMIZER_STATE, BUCKETS})
+
+# Ops that take memory and move nothing: of a tensor that they are given they use the shape.
+EMPTY_OPS = frozenset(
+    {
+        "aten.empty.memory_format", "aten.empty_like.default", "aten.empty_strided.default",
+        "aten.new_empty.default", "aten.new_empty_strided.default",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +147,8 @@ class Call:
     `first_op` and `stop_op` bound its ops, `inputs` are the storages that its arguments hold,
     `changed_state` names an attribute or object of Python's that it, or a call inside, changed.
     `arguments` and `results` say which objects it was given and gave back (see `Leaves`).
+    `entered` is the tick from which backward has come to its result, -1 where it never does or in
+    traces of planned steps.
     """
 
     module: str
@@ -151,6 +166,7 @@ class Call:
     changed_state: str = ""
     uses_grad: bool = True
     phase: str = FORWARD
+    entered: int = -1
 
 
 @dataclass(slots=True)
@@ -168,6 +184,7 @@ class StepTrace:
     device_type: str
     notes: list[str] = field(default_factory=list)
     parameter_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    replayed_ticks: list[int] = field(default_factory=list)  # ops of a forward run in backward
 
     @property
     def base_bytes(self) -> int:

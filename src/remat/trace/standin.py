@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from remat.trace.generators import is_generator, put_state, state_of
+from remat.trace.parallel import hidden_state
 from remat.trace.values import SHADOW_LIMIT, set_value
 
 # Any: modules hold, and batches are, whatever the user made them of.
@@ -38,6 +39,11 @@ class FakeFactory:
             known = self._memo[id(tensor)] = self._make(tensor)
             self._kept.append(tensor)
         return known
+
+    def note(self, tensor: Tensor, fake: Tensor) -> None:
+        """Let a fake that was made elsewhere stand for a tensor."""
+        self._memo[id(tensor)] = fake
+        self._kept.append(tensor)
 
     def _make(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
@@ -75,8 +81,11 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back every attribute of every module, and the random state, whatever happens inside."""
-    modules = list(model.modules())
+    """Put back every attribute of every module, and the random state, whatever happens inside.
+
+    And what FSDP2 keeps of the model outside of its modules.
+    """
+    modules = [*model.modules(), *hidden_state(model)]
     saved = [dict(module.__dict__) for module in modules]
     containers = [(c, c.copy()) for c in _containers(saved)]
     own = [

@@ -46,6 +46,16 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
         output = model(*batch)
     else:
         output = model(batch)
+    return loss_in(output)
+
+
+def loss_in(output: Any) -> Tensor:
+    """Find the loss in what a model returned: `.loss`, `["loss"]`, or the output itself.
+
+    Raises
+    ------
+    WorkloadError: if there is none.
+    """
     found = getattr(output, "loss", None)
     if found is None and isinstance(output, Mapping):
         found = output.get("loss")
@@ -157,8 +167,8 @@ def check_model(model: Any) -> None:
 
     Raises
     ------
-    WorkloadError: for anything but an `nn.Module`, for TorchScript modules, and for lazy modules
-        whose shapes are not known yet.
+    WorkloadError: for anything but an `nn.Module`, for TorchScript modules, for lazy modules whose
+        shapes are not known yet, and for modules that Opacus has wrapped.
     """
     if not isinstance(model, nn.Module):
         raise WorkloadError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -172,6 +182,12 @@ def check_model(model: Any) -> None:
             raise WorkloadError(
                 f"{where} is a TorchScript module, whose compiled forward cannot be traced or "
                 "recomputed in parts: pass the Python module that it was scripted from."
+            )
+        if any(base.__name__ == "AbstractGradSampleModule" for base in type(module).__mro__):
+            raise WorkloadError(
+                f"{where} is wrapped by Opacus, whose per-sample gradients belong to the real "
+                "parameters: plan and apply on the model inside, which is wrapped._module, or "
+                "before wrapping it. Memory of per-sample gradients is not in the budget."
             )
 
 

@@ -4,17 +4,21 @@ Fake CUDA tensors abort a CPU-only torch in backward, so the step is traced on f
 the composite ops whose parts depend on the device are given the parts of that device.
 
 NOTE [ Which attention ]
-From `sdp_utils.cpp` of PyTorch (`aten/src/ATen/native/transformers/cuda`, read at commit 001f694a,
-2026), for dense tensors; the first that may be used is used:
-1. cuDNN (compute capability 9 and 10 only): half precision, head sizes up to 128 in multiples of 8,
-   dropout in multiples of 1/16, more than one key.
-2. Flash (8.0 and up, ROCm): half precision, no mask, equal head sizes up to 256, square if causal;
-   on 8.6, 8.9 and 12.x no head sizes from 193 to 224, nor up to 256 with dropout.
-3. Memory efficient: half or single precision (bfloat16 from 8.0 on), head sizes of keys and values
-   in multiples of 16 bytes (half precision; 4 elements of single precision from 8.0 on, else 1).
-4. Otherwise, and on Apple's devices: attention written out, with all its scores.
-cuDNN and flash save the same: inputs, output, the logarithm of the sum and a seed. Tensors must
-have four dimensions, and the last must be contiguous.
+From PyTorch's `sdp_utils.cpp` (`aten/src/ATen/native/transformers/cuda`, read at commit 001f694a,
+2026) and `sdp_utils_cpp.h`, for dense tensors; the first that may be used is used:
+1. All but the last: four dimensions, the last without gaps (of a mask as well); sequences that are
+   not empty; equal batches, and equal heads, or heads that divide the query's where grouped.
+2. cuDNN (compute capability 9 and 10 only): half precision, head sizes in multiples of 8 up to 128
+   (or 192 of keys with 128 of values), dropout in multiples of 1/16, more than one key, more than
+   one query with dropout, a mask without a gradient, no deterministic algorithms asked for.
+3. Flash (8.0 and up, ROCm): half precision, no mask, equal head sizes up to 256 (ROCm: 512), square
+   if causal; on 8.6 to 8.9 and 12.x no head sizes from 193 to 224, nor up to 256 with dropout.
+4. Memory efficient: half or single precision (bfloat16 from 8.0 on), head sizes of keys and values
+   in multiples of 16 bytes (half precision; 4 elements of single precision from 8.0 on, else 1), no
+   grouped heads on ROCm.
+5. Otherwise, and on Apple's devices: attention written out, with all its scores.
+A kernel that is turned off (`torch.backends.cuda`, `torch.nn.attention.sdpa_kernel`) is not used.
+cuDNN and flash save the same: inputs, output, the logarithm of the sum and a seed.
 """
 
 from __future__ import annotations
@@ -75,52 +79,82 @@ def choose_attention(
     key: Tensor,
     value: Tensor,
     *,
-    has_mask: bool,
-    dropout_p: float,
-    is_causal: bool,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    is_grouped: bool = False,
 ) -> Attention:
     """Return the kernel that PyTorch selects; see NOTE [ Which attention ]."""
     tensors = (query, key, value)
-    if not target.has_fused_kernels or any(t.dim() != 4 or t.stride(-1) != 1 for t in tensors):
-        return Attention.MATH
-    if any(t.dtype != query.dtype for t in tensors) or min(query.shape[-2], key.shape[-2]) == 0:
+    if not target.has_fused_kernels or not _are_fit_for_kernels(tensors, mask, is_grouped):
         return Attention.MATH
     capability = target.compute_capability or (8, 0)
     half = _HALF if capability >= (8, 0) else (torch.float16,)
     heads = (query.shape[-1], key.shape[-1], value.shape[-1])
     if query.dtype in half:
-        if _may_use_cudnn(target, capability, key, heads, dropout_p):
+        if _may_use_cudnn(target, query, key, heads, mask, dropout_p):
             return Attention.CUDNN
-        if not has_mask and _may_use_flash(
-            capability, query, key, heads, dropout_p=dropout_p, is_causal=is_causal
+        if mask is None and _may_use_flash(
+            target, query, key, heads, dropout_p=dropout_p, is_causal=is_causal
         ):
             return Attention.FLASH
-    if query.dtype in (*half, torch.float32):
+    if query.dtype in (*half, torch.float32) and not (target.is_rocm and is_grouped):
         multiple = _efficient_multiple(capability, query.dtype)
-        if heads[0] == heads[1] and heads[0] % multiple == 0 and heads[2] % multiple == 0:
+        is_aligned = heads[0] == heads[1] and heads[0] % multiple == 0 == heads[2] % multiple
+        if is_aligned and _is_on("mem_efficient"):
             return Attention.EFFICIENT
     return Attention.MATH
 
 
+def _are_fit_for_kernels(
+    tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, is_grouped: bool
+) -> bool:
+    """Whether shapes, strides and types are what every fused kernel asks for."""
+    query, key, value = tensors
+    if any(t.dim() != 4 or t.dtype != query.dtype for t in tensors):
+        return False
+    if any(t.stride(-1) != 1 for t in (*tensors, *([] if mask is None else [mask]))):
+        return False
+    if min(query.shape[-2], key.shape[-2]) == 0:
+        return False
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        return False
+    if key.shape[1] != value.shape[1]:
+        return False
+    return query.shape[1] == key.shape[1] or (is_grouped and query.shape[1] % key.shape[1] == 0)
+
+
+def _is_on(kernel: str) -> bool:
+    """Whether a kernel has not been turned off by the user."""
+    enabled: Any = getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")
+    return bool(enabled())
+
+
 def _may_use_cudnn(
     target: Target,
-    capability: tuple[int, int],
+    query: Tensor,
     key: Tensor,
     heads: tuple[int, int, int],
+    mask: Tensor | None,
     dropout_p: float,
 ) -> bool:
-    return (
-        not target.is_rocm
-        and capability[0] in (9, 10)
-        and max(heads) <= 128
-        and all(size % 8 == 0 for size in heads)
-        and (dropout_p * 16).is_integer()
-        and key.shape[-2] != 1
+    is_preferred = not target.is_rocm and (target.compute_capability or (0, 0))[0] in (9, 10)
+    is_deterministic = (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
     )
+    if not is_preferred or is_deterministic or not _is_on("cudnn"):
+        return False
+    if mask is not None and (mask.requires_grad or mask.dim() not in (2, 4)):
+        return False
+    if key.shape[-2] == 1 or (dropout_p > 0 and query.shape[-2] == 1):
+        return False
+    is_small = max(heads) <= 128 or heads == (192, 192, 128)
+    return is_small and all(size % 8 == 0 for size in heads) and (dropout_p * 16).is_integer()
 
 
 def _may_use_flash(
-    capability: tuple[int, int],
+    target: Target,
     query: Tensor,
     key: Tensor,
     heads: tuple[int, int, int],
@@ -128,12 +162,16 @@ def _may_use_flash(
     dropout_p: float,
     is_causal: bool,
 ) -> bool:
-    if capability < (8, 0) or len(set(heads)) > 1 or heads[0] > 256:
+    capability = target.compute_capability or (8, 0)
+    most = 512 if target.is_rocm else 256
+    if capability < (8, 0) or len(set(heads)) > 1 or heads[0] > most:
+        return False
+    if not _is_on("flash"):
         return False
     if is_causal and query.shape[-2] != key.shape[-2]:
         return False
     is_small_chip = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
-    if is_small_chip and query.requires_grad:
+    if is_small_chip and any(t.requires_grad for t in (query, key)):
         return heads[0] <= 192 or (dropout_p == 0 and heads[0] > 224)
     return True
 
@@ -188,8 +226,8 @@ def _attention_of(target: Target) -> Any:
         enable_gqa: bool = False,
     ) -> Tensor:
         chosen = choose_attention(
-            target, query, key, value, has_mask=attn_mask is not None, dropout_p=dropout_p,
-            is_causal=is_causal,
+            target, query, key, value, mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+            is_grouped=enable_gqa,
         )  # fmt: skip
         if attn_mask is not None and attn_mask.dtype == torch.bool and chosen is not Attention.MATH:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
@@ -262,7 +300,8 @@ def default_to_foreach(optimizer: torch.optim.Optimizer | None, device_type: str
     if optimizer is None or device_type != "cuda":
         return
     for group in optimizer.param_groups:
-        is_open = "foreach" in group and group["foreach"] is None
-        is_taken = group.get("fused") or group.get("differentiable")
-        if is_open and not is_taken and not isinstance(group.get("lr"), Tensor):
+        # A `fused=False` that was given keeps torch from choosing at all.
+        is_open = "foreach" in group and group["foreach"] is None and group.get("fused") is None
+        is_held = isinstance(group.get("lr"), Tensor) and not group.get("capturable")
+        if is_open and not is_held and not group.get("differentiable"):
             group["foreach"] = True

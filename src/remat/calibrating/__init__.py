@@ -1,0 +1,1 @@
+"""Calibrate a device: measure its speeds, check them on steps apart, and learn from past runs."""

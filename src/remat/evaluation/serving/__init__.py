@@ -1,0 +1,1 @@
+"""How a trained model serves: latency, memory, exported and quantized forms, updates beside it."""

@@ -1,0 +1,1 @@
+"""What keeps a model right after it was evaluated, run by run."""

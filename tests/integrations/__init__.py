@@ -1,0 +1,1 @@
+"""Real training with each framework, with and without the callback."""

@@ -58,8 +58,9 @@ with torch {torch}; `tests/conformance/` has the models, and tests that the tabl
 """
 
 BETWEEN = """
-¹ The change happens outside of the step that is traced, and no tensor's version tells of it: no
-tool can see it. Where it happens inside the step, `remat verify` shows it.
+Where a change happens outside of the step that is traced (row 50), no tool can see it coming: what
+a region saves when it runs again is compared with what it saved before, in the first steps and a
+few of every thousand, and an error names the module.
 
 ## Rows that need several processes
 
@@ -79,7 +80,7 @@ TAIL = """
 def row_of(case, others):
     """Give one line of the table."""
     cells = [
-        verdicts.of_remat(case) + ("¹" if case.is_beyond else ""),
+        verdicts.of_remat(case),
         verdicts.of_remat_compiled(case),
         verdicts.of_torch(case, reentrant=False),
         verdicts.of_torch(case, reentrant=True),

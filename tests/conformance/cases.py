@@ -41,8 +41,7 @@ class Case:
     """One row of the table that runs on a CPU.
 
     `build` makes the model, whose blocks are recomputed; `step` runs it and returns all that is
-    compared beside buffers and random states. `preserve` is what users set where they went wrong;
-    `is_beyond` marks what happens outside of all that a plan could see.
+    compared beside buffers and random states. `preserve` is what users set where they went wrong.
     """
 
     row: int
@@ -53,7 +52,6 @@ class Case:
     batch: Callable[[], Any] = field(default=lambda: torch.randn(ROWS, WIDTH))
     preserve: bool = True
     is_compiled: bool = True
-    is_beyond: bool = False
 
     @property
     def name(self) -> str:
@@ -277,12 +275,13 @@ CASES: tuple[Case, ...] = (
     Case(row=49, title="eval() before backward", thread="(local)",
          build=middle(lambda: nn.Dropout(0.5)), step=eval_before_backward, is_compiled=False),
     Case(row=50, title="a global changed before backward", thread="torch docs",
-         build=middle(parts.ReadsGlobal), step=global_changed_before_backward, is_compiled=False,
-         is_beyond=True),
+         build=middle(parts.ReadsGlobal), step=global_changed_before_backward, is_compiled=False),
     Case(row=50, title="a buffer that a later block writes to", thread="(local)",
          build=parts.ReadsLater, is_compiled=False),
     Case(row=50, title="a tensor that blocks read from an attribute", thread="torch docs",
          build=parts.ReadsAttribute, step=two_forwards, is_compiled=False),
+    Case(row=50, title="a tensor given, and read from an attribute", thread="torch docs",
+         build=parts.ReadsWhatItIsGiven, step=two_forwards, is_compiled=False),
     Case(row=51, title="a parameter changed before backward", thread="(local)",
          build=lambda: Net(Block), step=bias_changed_before_backward, is_compiled=False),
     Case(row=52, title="tensors in dictionaries and keywords", thread="torch docs",

@@ -179,6 +179,30 @@ class Attends(nn.Module):
         return x + self.out(y.transpose(1, 2).reshape(ROWS, WIDTH))
 
 
+class ReadsWhatItIsGiven(nn.Module):
+    """Blocks that are given the batch, and read it from an attribute of the model as well."""
+
+    class Part(Block):
+        """Knows its owner."""
+
+        def __init__(self, owner):
+            super().__init__()
+            self.owner = [owner]
+
+        def forward(self, x):
+            return super().forward(x) * self.owner[0].given
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Part(self), Block()])
+
+    def forward(self, x):
+        self.given = x
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class ReadsAttribute(nn.Module):
     """Blocks that multiply by what the model has left on an attribute of its own."""
 

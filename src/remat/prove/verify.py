@@ -19,6 +19,7 @@ from remat.prove.measure import check_real, restored
 from remat.prove.records import Difference, Verification
 from remat.regions.apply import Handle, apply, check_plan, host_peak_bytes, is_applied
 from remat.regions.fingerprint import check_batch_matches, check_model_matches
+from remat.regions.recall import gathered
 from remat.trace.checkpoints import checkpointing_off
 from remat.trace.collectives import local_part
 from remat.trace.generators import is_generator, state_of
@@ -49,6 +50,7 @@ class StepOutcome:
     tensors: dict[str, Tensor | None] = field(default_factory=dict)
     hook_calls: dict[str, int] = field(default_factory=dict)
     training: dict[str, bool] = field(default_factory=dict)
+    recomputed: dict[str, str] = field(default_factory=dict)
 
 
 def verify(
@@ -63,7 +65,8 @@ def verify(
 
     Compared bit for bit: the loss, every gradient (also which are none), every parameter after the
     optimizer's step, every buffer, the final state of each random generator, how often each
-    module's forward hooks fired, and every module's training flag. Where they differ, the unplanned
+    module's forward hooks fired, and every module's training flag; and a sample of what each region
+    saves with what it saves when it runs again. Where they differ, the unplanned
     step is run again: a model that differs from itself as much passes as `within_noise`. Where the
     plan runs modules in slices, the loss and the gradients that it says are summed in another order
     may differ by its tolerance (`within_rounding`), and nothing else may. A plan that replaces the
@@ -150,7 +153,8 @@ def run_step(
     counts: Counter[str] = Counter()
     with restored(model, batch), _counted_hooks(model, counts):
         stepper = make_optimizer(optimizer, model)
-        value = differentiate(model, batch, loss)
+        with gathered() as outcome.recomputed:
+            value = differentiate(model, batch, loss)
         tensors: dict[str, Tensor | None] = {"loss": value.detach().clone()}
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
@@ -189,6 +193,10 @@ def compare(reference: StepOutcome, other: StepOutcome) -> tuple[Difference, ...
                 found.append(
                     _unequal(f"{label} {where}", f"{one.get(name)} before, {two.get(name)} now")
                 )
+    found += [
+        _unequal(f"recomputation of {region}", change)
+        for region, change in other.recomputed.items()
+    ]
     return tuple(found)
 
 
@@ -348,7 +356,8 @@ def _warm_peak(
         stepper = make_optimizer(optimizer, handle.model)
 
         def step() -> Tensor:
-            value = differentiate(model, batch, loss)
+            with gathered():  # told by the comparison
+                value = differentiate(model, batch, loss)
             advance(stepper)
             return value
 

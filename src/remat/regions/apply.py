@@ -18,6 +18,7 @@ from remat.regions.offload import Board, Key
 from remat.regions.pool import HostPool
 from remat.regions.prefetch import Entered, entered_forward
 from remat.regions.quiet import silence, unsilence
+from remat.regions.recall import called
 from remat.regions.rewrites import HeadRuntime, install_rewrite, rewrite_on
 from remat.regions.runs import Follower, Run, follower_forward
 from remat.regions.runtime import Offloads, RegionRuntime, StepClock, region_forward
@@ -211,6 +212,7 @@ def install(
             ),
             buffers=homes,
             replaced=module.__dict__.get("forward"),
+            name=called(module, first.module),
             run=run,
             is_nested=first.is_nested,
             offloads=(

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from remat.errors import PlanMismatchError
 from remat.planner.records import Rewrite, RewriteKind
 from remat.regions.lazy_logits import SlicedHead, lazy_logits
+from remat.regions.recall import called
 from remat.regions.sliced_calls import CallRuntime, sliced_forward
 
 # Any: a module's arguments and results are the user's own.
@@ -53,7 +54,8 @@ def install_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
     replaced = module.__dict__.get("forward")
     if rewrite.kind is not RewriteKind.LOSS_HEAD:
         by_tokens = rewrite.kind is RewriteKind.SLICED_TOKENS
-        call = CallRuntime(rewrite.num_slices, rewrite.arguments, replaced, by_tokens)
+        name = called(module, rewrite.module)
+        call = CallRuntime(name, rewrite.num_slices, rewrite.arguments, replaced, by_tokens)
         module.__dict__["forward"] = functools.partial(sliced_forward, module, call)
         return
     if not is_sliceable_head(module):

@@ -24,6 +24,7 @@ from remat.regions.dropping import DroppedOps, Dropping
 from remat.regions.guards import Guarded, all_modules, refuse_transforms, run_eagerly
 from remat.regions.offload import Board, Transfer
 from remat.regions.pool import HostPool
+from remat.regions.recall import DETERMINISM_CHECK, LOOKS, PERIOD, Recall
 from remat.regions.runs import HookTable, Run, gives_twice, with_tensors_first
 from remat.trace.caches import Filled, caches_in, with_empty_caches
 
@@ -84,7 +85,7 @@ class RegionRuntime:
     of them. `is_eager` keeps it out of what torch.compile compiles. `buffers` are (module, name)
     pairs that the forward updates. `replaced` is a forward that the instance already had, which the
     region wraps and `remove` puts back. A region that `is_nested` runs again, as a region, inside
-    the recomputation of the one around it.
+    the recomputation of the one around it. `name` is what errors call the region.
     """
 
     clock: StepClock
@@ -100,8 +101,10 @@ class RegionRuntime:
     run: Run | None = None
     is_nested: bool = False
     offloads: Offloads | None = None
+    name: str = ""
     _step: int = -1
     _count: int = 0
+    _forwards: int = 0
 
     def selected_call(self) -> int | None:
         """Return which call within the step begins now; `None` if the plan leaves it alone."""
@@ -113,6 +116,13 @@ class RegionRuntime:
         index = self._count % self.num_calls
         self._count += 1
         return index if self.calls is None or index in self.calls else None
+
+    def recall(self) -> AbstractContextManager[Any] | None:
+        """Return what has the values of this forward compared; `None` in most steps."""
+        self._forwards += 1
+        if (self._forwards - 1) % (PERIOD * self.num_calls) >= LOOKS * self.num_calls:
+            return None
+        return Recall(self.name, self.buffers)
 
     def transfer(self, call: int) -> Transfer | None:
         """Return what moves the tensors of a call that keeps some in host memory."""
@@ -160,6 +170,7 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
         forward = functools.partial(run.forward, forward)
     options: dict[str, Any] = {}
     has_aliases = False
+    recall = None
     if not torch.compiler.is_compiling():
         refuse_transforms()
         has_aliases = gives_twice(args, kwargs)
@@ -171,12 +182,18 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
         hooks = _hook_tables(modules[len(members) :], run)
         if runtime.buffers or runtime.num_calls > 1 or hooks or saved_ops or caches:
             options["context_fn"] = functools.partial(_contexts, runtime, hooks, saved_ops)
+        recall = runtime.recall()
+        if recall is not None:
+            options["determinism_check"] = DETERMINISM_CHECK
         forward = Guarded(modules, forward, draws_python_random=runtime.draws_python_random)
     if run is not None or runtime.is_nested or transfer is not None or has_aliases:
         forward, args = with_tensors_first(forward, args, kwargs)
         kwargs = {}
     # Checkpointing saves its inputs as any op does: outside its own hooks, inside these.
-    with transfer() if transfer is not None else contextlib.nullcontext():
+    with (
+        transfer() if transfer is not None else contextlib.nullcontext(),
+        recall or contextlib.nullcontext(),
+    ):
         output = checkpoint(
             forward,
             *args,

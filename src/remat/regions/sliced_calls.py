@@ -22,9 +22,11 @@ class CallRuntime:
 
     `arguments` are the places of the tensors that are cut, among the leaves of the call's (args,
     kwargs): along their first dimension, or, where the call is cut `by_tokens`, the one tensor
-    there along its rows. `replaced` is a forward that the instance already had.
+    there along its rows. `replaced` is a forward that the instance already had; `name` is what
+    errors call the module.
     """
 
+    name: str
     num_slices: int
     arguments: tuple[int, ...]
     replaced: Callable[..., Any] | None
@@ -33,7 +35,9 @@ class CallRuntime:
 
     def __post_init__(self) -> None:
         # Slices of tokens stay slices where a region around them runs again.
-        self.region = RegionRuntime(StepClock(), replaced=self.replaced, is_nested=self.by_tokens)
+        self.region = RegionRuntime(
+            StepClock(), replaced=self.replaced, is_nested=self.by_tokens, name=self.name
+        )
 
 
 def sliced_forward(module: nn.Module, runtime: CallRuntime, *args: Any, **kwargs: Any) -> Any:

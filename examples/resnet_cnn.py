@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 import remat
 
-CHANNELS, CLASSES, SIDE = (24, 48, 96), 10, 32
+CHANNELS, CLASSES, SIDE = (16, 32, 64), 10, 32
 
 
 class Residual(nn.Module):

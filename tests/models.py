@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import remat
+from remat.fit import Fit
 
 
 def square_mean(model, batch):
@@ -54,12 +55,15 @@ class Tower(nn.Module):
 
 def tightest(model, batch, **step) -> remat.Plan:
     """Return the plan with the least peak by recomputation: no budget below it can be met so."""
-    step.setdefault("chunks", False)
-    step.setdefault("time_limit_s", 60.0)  # both searches end by their work, not by the clock
+    return least_of(Fit(model, batch, **({"chunks": False} | step)))
+
+
+def least_of(fit) -> remat.Plan:
+    """Return the plan with the least peak that is in reach."""
     try:
-        return remat.plan(model, batch, 1, **step)
+        return fit.plan(1)
     except remat.BudgetError as error:
-        return remat.plan(model, batch, error.minimum_bytes, **step)
+        return fit.plan(error.minimum_bytes)
 
 
 def rising(low: int, high: int, count: int) -> list[int]:

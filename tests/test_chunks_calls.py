@@ -15,7 +15,7 @@ from remat.planner.records import RewriteKind
 from remat.program import Step
 from remat.regions.apply import install, is_applied, remove
 from remat.rewriting.calls import sliced_blocks
-from tests.models import square_mean, tightest
+from tests.models import least_of, square_mean, tightest
 
 CRUMBS = 4096
 
@@ -64,10 +64,7 @@ def rewrites_of(model, batch):
 
 def sliced_plan(model, batch):
     """The plan of the least peak of all, which must be one in slices of the batch."""
-    fit = Fit(model, batch, loss=square_mean, optimizer=None)
-    with pytest.raises(remat.BudgetError) as error:
-        fit.plan(1)
-    plan = fit.plan(error.value.minimum_bytes)
+    plan = least_of(Fit(model, batch, loss=square_mean, optimizer=None))
     assert {r.kind for r in plan.rewrites} == {RewriteKind.SLICED_CALL}
     return plan
 

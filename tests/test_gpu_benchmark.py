@@ -167,7 +167,7 @@ def test_command_measures_a_calibration_and_a_compiled_rival(tmp_path) -> None:
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550, check=False
     )
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert rows["calibration"]["outcome"] == "measured", done.stderr

@@ -21,6 +21,7 @@ from remat.prove.measure import restored
 from remat.trace.checkpoints import CheckpointCall, SwitchOff, visited
 from tests.conformance.cases import Case, Results, square_mean
 from tests.forced import forced, plan_of, slow_fit
+from tests.models import least_of
 
 IDENTICAL = "identical"
 KEPT = "kept"
@@ -165,14 +166,10 @@ def of_memory_budget(case: Case) -> str:
 def plans_of(model: nn.Module, batch: object) -> list[remat.Plan]:
     """Every block recomputed, the least peak in reach, and single results packed or dropped."""
     fit = Fit(model, batch, loss=square_mean, optimizer=None, chunks=False)
-    try:
-        least = fit.plan(1)
-    except remat.BudgetError as error:
-        least = fit.plan(error.minimum_bytes)
     slow = slow_fit(model, batch)
     kinds = forced(slow)
     single = [plan_of(slow, kinds[kind]) for kind in ("packed", "dropped") if kind in kinds]
-    return [fit.policy(AllBlocks()), least, *single]
+    return [fit.policy(AllBlocks()), least_of(fit), *single]
 
 
 def of_remat(case: Case) -> str:

@@ -1,4 +1,4 @@
-"""A small residual network with BatchNorm, on handwritten digits enlarged to 32 x 32.
+"""A small residual network with BatchNorm, on handwritten digits enlarged to 24 x 24.
 
     remat evaluate examples/resnet_cnn.py --budget 80% --budget 65%
     remat plan examples/resnet_cnn.py --budget 65%
@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 import remat
 
-CHANNELS, CLASSES, SIDE = (16, 32, 64), 10, 32
+CHANNELS, CLASSES, SIDE = (16, 32, 64), 10, 24
 
 
 class Residual(nn.Module):
@@ -101,7 +101,7 @@ def is_faint(batch):
 
 
 def make_optimizer(parameters):
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
 
 
 train_data, eval_data = read_digits()
@@ -114,7 +114,7 @@ workload = remat.Workload(
     loss=loss,
     predict=predict,
     optimizer=make_optimizer,
-    epochs=2,
+    epochs=3,
     seed=0,
     slices={"faint": is_faint},
     features=features,

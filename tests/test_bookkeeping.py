@@ -11,7 +11,7 @@ from benchmarks.overhead import WAYS, median_interval, python_calls, trained
 
 SMALL = {"width": 16, "heads": 2, "batch": 1, "tokens": 8}
 # Python calls that a region adds to torch's own checkpoint around the same block, and a guard to a
-# step: 32 and 12 were counted, beside some 860 per block for the checkpoint itself.
+# step: 34 and 12 were counted, beside some 860 per block for the checkpoint itself.
 MOST_CALLS_OF_REGION = 36
 MOST_CALLS_OF_GUARD = 20
 

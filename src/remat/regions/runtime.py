@@ -31,6 +31,7 @@ from remat.trace.caches import Filled, caches_in, with_empty_caches
 # Any: a module's arguments and results are the user's own.
 
 _thread = threading.local()
+_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def is_recomputing() -> bool:
@@ -190,10 +191,7 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
         forward, args = with_tensors_first(forward, args, kwargs)
         kwargs = {}
     # Checkpointing saves its inputs as any op does: outside its own hooks, inside these.
-    with (
-        transfer() if transfer is not None else contextlib.nullcontext(),
-        recall or contextlib.nullcontext(),
-    ):
+    with transfer() if transfer is not None else _NOTHING, recall or _NOTHING:
         output = checkpoint(
             forward,
             *args,

@@ -93,7 +93,7 @@ def gathered() -> Iterator[dict[str, str]]:
 class Seen:
     """A saved tensor's form, and a sample of its values where it holds any that can be compared."""
 
-    __slots__ = ("device", "form", "region", "sample", "tolerance")
+    __slots__ = ("form", "region", "sample", "tolerance")
 
     def __init__(self, tensor: Tensor) -> None:
         self.form = (tensor.shape, tensor.dtype, tensor.device)
@@ -118,7 +118,8 @@ class Seen:
             return False
         if self.sample is None or other.sample is None or self.region is None:
             return True
-        allowed = self.tolerance * max(map(abs, self.sample), default=0)
+        sizes = filter(math.isfinite, map(abs, self.sample))
+        allowed = self.tolerance * max(sizes, default=0)
         for was, now in zip(self.sample, other.sample, strict=True):
             if was == now or (was != was and now != now) or abs(was - now) <= allowed:
                 continue

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -162,6 +165,55 @@ def noise_that_is_filled_late(m, x):
     return F.dropout(F.rrelu(m.first(x).float(), training=True) + m.second(x), 0.4)
 
 
+def generator_is_reseeded(m, x):
+    """The state of the generator is another one after the call, though nothing is drawn."""
+    torch.manual_seed(11)
+    return m.second(torch.tanh(m.first(x)))
+
+
+def noise_from_another_thread(m, x):
+    """Drawn where no mode of the thread that trains sees it."""
+    drawn: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: drawn.append(torch.rand(ROWS, 1)))
+    thread.start()
+    thread.join()
+    return m.second(torch.tanh(m.first(x) * drawn[0]))
+
+
+# -- what no plan may be made of ------------------------------------------------------------------
+
+
+def layers_on_threads(m, x):
+    """Both layers at once."""
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda layer: torch.tanh(layer(x)), (m.first, m.second))
+    return one + other
+
+
+def halves_on_threads(m, x):
+    """The same layers on both halves of the batch at once, as data-parallel code does."""
+    with ThreadPoolExecutor(2) as pool:
+        halves = pool.map(lambda half: m.second(F.dropout(m.first(half), 0.1)), x.chunk(2))
+        return torch.cat(list(halves))
+
+
+def ops_on_a_thread(m, x):
+    """A dropout, by no module."""
+    y = m.first(x)
+    with ThreadPoolExecutor(1) as pool:
+        return m.second(pool.submit(lambda: F.dropout(torch.tanh(y), 0.5)).result())
+
+
+def ops_on_a_thread_after_a_branch(m, x):
+    """The same, traced with real tensors as the program reads a value."""
+    return ops_on_a_thread(m, x if x.sum() < 1e9 else 2 * x)
+
+
+THREADED = (
+    layers_on_threads, halves_on_threads, ops_on_a_thread, ops_on_a_thread_after_a_branch,
+)  # fmt: skip
+
+
 def _rows():
     return torch.randn(ROWS, WIDTH)
 
@@ -198,6 +250,47 @@ def _half_in_eval():
     return nn.Sequential(*blocks)
 
 
+class Alike(nn.Module):
+    """One of many blocks that are alike but for what `change` makes different."""
+
+    def __init__(self, change=None, *, p=0.1, dtype=torch.float32):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.p, self.is_hard, self.dtype = p, False, dtype
+        self.to(dtype)
+        if change is not None:
+            change(self)
+
+    def forward(self, x):
+        y = self.up(x.to(self.dtype))
+        y = F.dropout(F.relu(y) if self.is_hard else F.gelu(y), self.p)
+        return x + self.down(y).to(x.dtype)
+
+
+def alike_but_for_one(name):
+    """Six blocks, the third unlike the others in what the name says."""
+    blocks = [Alike() for _ in range(6)]
+    odd = {
+        "a flag": lambda: Alike(lambda block: setattr(block, "is_hard", True)),
+        "a shared sub-module": lambda: Alike(lambda block: setattr(block, "up", blocks[4].up)),
+        "a frozen parameter": lambda: Alike(lambda block: block.down.weight.requires_grad_(False)),
+        "a rate of dropout": lambda: Alike(p=0.7),
+        "a dtype": lambda: Alike(dtype=torch.float64),
+        "an empty bias": lambda: Alike(lambda block: setattr(block.up, "bias", None)),
+        "a hook": lambda: Alike(
+            lambda block: block.up.register_forward_hook(lambda _m, _x, y: y * 2)
+        ),
+    }
+    blocks[2] = odd[name]()
+    return nn.Sequential(*blocks)
+
+
+UNLIKE = (
+    "a flag", "a shared sub-module", "a frozen parameter", "a rate of dropout", "a dtype",
+    "an empty bias", "a hook",
+)  # fmt: skip
+
+
 # Name -> a function that makes model and batch.
 ADVERSARIES = {
     **{
@@ -207,6 +300,7 @@ ADVERSARIES = {
             masks_are_written_to, masks_fill_no_bytes, masks_are_read_by_the_program,
             dropout_of_every_layout, dropout_in_place, dropout_without_gradients,
             rates_at_the_edge, rates_of_each_element, several_types, attention_with_a_mask,
+            generator_is_reseeded, noise_from_another_thread,
         )
     },
     **{

@@ -129,9 +129,17 @@ def doubled(x):
     return torch.cat([x, x])[: len(x)].roll(1, 0)
 
 
-@pytest.mark.parametrize("mix", [centred, first_only, doubled])
+def weighed(x):
+    """As it is, with a gradient that is divided by the norm of all of it."""
+    x = x * 1.0
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient / gradient.norm())
+    return x
+
+
+@pytest.mark.parametrize("mix", [centred, first_only, doubled, weighed])
 def test_blocks_that_mix_examples_are_not_sliced(batch, mix):
-    """A block in which one example sees another is found out by running it."""
+    """A block in which one example sees another, or its gradient, is found out by running it."""
     assert last_resort(stack(mix=mix), batch) == ()
 
 

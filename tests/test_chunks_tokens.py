@@ -79,6 +79,35 @@ MIXED = {
 }
 
 
+def weighed(y, _):
+    """The gradient is divided by the norm of all of it."""
+    y = y * 1.0
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient / gradient.norm())
+    return y
+
+
+class _Averaged(torch.autograd.Function):
+    """The identity, whose gradient is divided by the number of rows."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / gradient[..., 0].numel()
+
+
+# What a trace of the whole takes for token-wise: constants are made of the number of rows.
+COUNTED = {
+    "by their number": lambda y, _: y / y.shape[1],
+    "a branch on their number": lambda y, _: y.relu() if y.shape[1] < 100 else y.tanh(),
+    "a table of their number": lambda y, _: y + torch.full((y.shape[-1],), float(y.shape[1])),
+    "a gradient by their number": lambda y, _: _Averaged.apply(y),
+}
+
+
 def rows(dtype=torch.float32):
     """64 examples of 64 tokens: as many, so that dimensions can be taken for one another."""
     return torch.randn(64, 64, WIDTH, dtype=dtype)
@@ -121,6 +150,19 @@ def test_token_wise_modules_are_found_and_run_in_slices(name):
 def test_modules_that_mix_tokens_are_left_whole(name):
     """Whatever reads another token, or a token's place, or draws, is no token-wise module."""
     assert sliced(nn.Sequential(Mlp(MIXED[name])), rows()) == ()
+
+
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_modules_that_count_their_rows_are_left_whole(name, device):
+    """Slices have fewer rows: other constants, other ops or another gradient, seen on fakes."""
+    model = nn.Sequential(Mlp(COUNTED[name])).to(device)
+    assert sliced(model, rows().to(device)) == ()
+
+
+def test_modules_whose_gradient_depends_on_other_rows_are_left_whole():
+    """Seen where the module is tried on real numbers."""
+    assert sliced(nn.Sequential(Mlp(weighed)), rows()) == ()
 
 
 def test_narrow_few_and_shared_modules():

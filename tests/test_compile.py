@@ -13,7 +13,10 @@ import remat
 from remat.fit import Fit, plan_policy
 from remat.planner.policies import AllBlocks
 from remat.prove.allocator import record_peak, step_tensors
+from remat.prove.measure import restored
 from remat.regions.recall import gathered
+from remat.rewriting.tokens import sliced_tokens
+from tests.forced import forced, plan_of, slow_fit
 from tests.models import Block, least_of, square_mean
 
 pytestmark = [
@@ -144,6 +147,52 @@ def test_compiling_each_block_keeps_the_plan():
         planned, peak = outcome(model, batch, model)
     assert close(planned, plain)
     assert peak < 0.8 * plain_peak
+
+
+def left_behind(model, batch):
+    """Gradients, buffers and the random state after two compiled steps."""
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=BACKEND)
+    with restored(model, batch):
+        torch.manual_seed(1)
+        for _ in range(2):
+            square_mean(run, batch).backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        found += [b.clone().float() for b in model.buffers()]
+    return [*found, torch.get_rng_state().float()]
+
+
+def test_every_kind_of_decision_is_right_where_it_is_compiled():
+    """Packed, dropped, offloaded, fetched early, runs and slices: all as in the plain model."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(32)
+    model = nn.Sequential(Block(32, norm=norm, dropout=0.5), Block(32, dropout=0.5))
+    batch = torch.randn(512, 32)
+    fit = slow_fit(model, batch, host_budget="64MiB")
+    kinds = forced(fit)
+    assert {"packed", "dropped", "regions", "regions inside", "offloaded", "fetched early"} <= set(
+        kinds
+    )
+    plans = [plan_of(fit, chosen) for chosen in kinds.values()]
+    assert any(region.followers for plan in plans for region in plan.regions)
+    plain = left_behind(model, batch)
+    for plan in plans:
+        with remat.apply(model, plan):
+            assert close(left_behind(model, batch), plain)
+
+
+def test_slices_of_tokens_are_right_where_they_are_compiled():
+    """Compiled they run whole: the plain gradients."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 32))
+    model, batch = nn.Sequential(mlp, nn.Tanh()), torch.randn(8, 64, 32)
+    plain = left_behind(model, batch)
+    fit = Fit(model, batch, loss=square_mean, optimizer=None)
+    rewrites = sliced_tokens(fit.plain, model, ())
+    assert [rewrite.module for rewrite in rewrites] == ["0"]
+    plan = plan_of(fit, ()).model_copy(update={"rewrites": rewrites})
+    with remat.apply(model, plan):
+        assert close(left_behind(model, batch), plain)
 
 
 def test_sliced_heads_compile_into_one_graph():

@@ -12,6 +12,8 @@ from remat.planner.blocks import find_blocks
 from remat.planner.records import Outcome
 from remat.planner.solver import Solver
 from remat.program import Program
+from tests.forced import slow_fit
+from tests.models import Block
 from tests.test_solver import Residual, square_mean
 
 
@@ -40,9 +42,16 @@ def test_few_blocks_are_not_folded():
     assert solution.outcome is Outcome.OPTIMAL
 
 
-def test_columns_are_decisions_that_may_be_taken_together(monkeypatch):
+def dropping_and_moving(num_blocks: int) -> Program:
+    """Blocks of which results may be packed, dropped, or moved to the host and fetched early."""
+    model = nn.Sequential(*(Block(32) for _ in range(num_blocks)))
+    return slow_fit(model, torch.randn(512, 32), host_budget="64MiB").plain
+
+
+@pytest.mark.parametrize("make", [lambda: deep(12), lambda: dropping_and_moving(8)])
+def test_columns_are_decisions_that_may_be_taken_together(monkeypatch, make):
     """Members of a column exclude nothing of each other, and every option has a column."""
-    program = deep(12)
+    program = make()
     found = folded(program, 5, monkeypatch)
     assert len(found.columns) < len(program.options)
     assert all(found.columns_of)

@@ -98,14 +98,14 @@ def test_changed_plan_files_are_read_or_refused(planned, tmp_path, data):
     """A value anywhere in a plan replaced, left out or added to: loaded or refused, never worse."""
     model, good, known = planned
     changed = copy.deepcopy(good)
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.sampled_from(known))
+    changes = st.tuples(st.sampled_from(known), st.booleans(), ANY_JSON)
+    for place, is_replaced, value in data.draw(st.lists(changes, min_size=1, max_size=3)):
         inner = changed
         try:
             for key in place[:-1]:
                 inner = inner[key]
-            if data.draw(st.booleans()):
-                inner[place[-1]] = data.draw(ANY_JSON)
+            if is_replaced:
+                inner[place[-1]] = value
             else:
                 del inner[place[-1]]
         except (KeyError, IndexError, TypeError):  # an earlier change took that place away

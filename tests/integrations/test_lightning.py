@@ -189,8 +189,15 @@ class Manual(Module):
         self.automatic_optimization = False
 
 
+class DeepSpeedStrategy(lightning.strategies.SingleDeviceStrategy):
+    """Named as Lightning's own, whose package is not installed here."""
+
+
 def test_lightning_loops_that_cannot_be_planned_are_refused(tmp_path):
-    """Manual optimization is named, with what to use instead; so is a budget that cannot be met."""
+    """Manual optimization, DeepSpeed and a budget that cannot be met: named, with what to do."""
+    strategy = DeepSpeedStrategy(device="cpu")
+    with pytest.raises(remat.ApplyError, match=r"DeepSpeedStrategy, .*fully_shard under Model"):
+        fitted(tmp_path, callbacks=[RematCallback("80%")], strategy=strategy)
     with pytest.raises(remat.ApplyError, match=r"manual optimization.*remat\.adapt"):
         fitted(tmp_path, callbacks=[RematCallback("80%")], module=Manual())
     module = Module()

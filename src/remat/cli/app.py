@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,6 +53,12 @@ def make_app() -> typer.Typer:
     return app
 
 
+@functools.cache
+def _command() -> Any:  # click's, of the copy that typer may bring along
+    """Return what runs a line of words; once per process, as the making takes longest of all."""
+    return typer.main.get_command(make_app())
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error is told in one line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -62,7 +69,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
-            code = make_app()(words, prog_name="remat", standalone_mode=False)
+            code = _command()(words, prog_name="remat", standalone_mode=False)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  all become exit codes
             return errors.report(error, as_json=as_json, is_debug=is_debug)
     if code == errors.INTERRUPTED:  # newer typers return it, older ones raise

@@ -108,11 +108,10 @@ def fold(
     for position, option in enumerate(options):
         block = inside[position]
         if block is not None:
-            region = option.parts[0].region
             key = (
                 group_of[block], option.start - starts[block], option.end - starts[block],
-                option.is_recomputed, region.dropped_ops, len(option.parts),
-                option.host_bytes,
+                option.is_recomputed, option.dropped_ops, option.packed_ops, len(option.parts),
+                option.host_bytes, _offloaded(option),
             )  # fmt: skip
             members.setdefault(key, []).append(position)
         else:
@@ -125,6 +124,15 @@ def fold(
         for position in column:
             columns_of[position].append(number)
     return Folding(columns, tuple(map(tuple, columns_of)))
+
+
+def _offloaded(option: Option) -> tuple[object, ...]:
+    """Return what tells options of one call apart that move the same bytes to the host."""
+    offload = option.parts[0].region.offload
+    if offload is None:
+        return ()
+    early = offload.prefetch
+    return offload.tensors, None if early is None else early.num_tensors
 
 
 def _groups(trace: StepTrace, blocks: Sequence[int]) -> list[int]:

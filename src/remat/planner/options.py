@@ -258,18 +258,21 @@ class OptionBuilder:
             for storage in op.mutated
             for name in self.trace.buffer_names.get(storage, ())[:1]
         )
-        first = self.trace.calls[span.calls[0]]
+        calls = [self.trace.calls[c] for c in span.calls]
+        first = calls[0]
         passed = self._passed(span)
         return Region(
             module=first.module,
             call=first.index,
             num_calls=self.facts.calls_of[first.module],
-            followers=tuple(self.trace.calls[c].module for c in span.calls[1:]),
+            followers=tuple(call.module for call in calls[1:]),
             argument=passed[0],
             result=passed[1],
             is_nested=is_nested,
-            draws_random_numbers=any(op.is_random for op in ops),
-            draws_python_random=any(self.trace.calls[c].draws_python_random for c in span.calls),
+            draws_random_numbers=(
+                any(op.is_random for op in ops) or any(call.moves_random_state for call in calls)
+            ),
+            draws_python_random=any(call.draws_python_random for call in calls),
             mutated_buffers=tuple(names),
         )
 

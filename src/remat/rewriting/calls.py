@@ -16,6 +16,7 @@ from remat.planner.heads import rounding_tolerance
 from remat.planner.records import Rewrite, RewriteKind
 from remat.program import Program, Step
 from remat.regions.sliced_calls import cut_arguments, joined
+from remat.rewriting.trials import are_close, gradients
 from remat.trace.caches import caches_in
 from remat.trace.capture import capture
 from remat.trace.records import FORWARD, Call
@@ -64,7 +65,7 @@ def _is_sliceable(plain: Program, call: Call) -> bool:
     return (
         not any(op.is_random for op in ops)
         and written.isdisjoint(call.inputs)
-        and not call.draws_python_random
+        and not (call.draws_python_random or call.moves_random_state)
         and not call.changed_state
         and trace.num_calls(call.module) == 1
         and call.phase == FORWARD
@@ -109,7 +110,7 @@ def _batched(call: tuple[Any, Any]) -> tuple[int, ...]:
 def _is_row_wise(
     model: nn.Module, name: str, call: tuple[Any, Any], places: tuple[int, ...]
 ) -> bool:
-    """Run a block on random examples together and one by one, and compare the results."""
+    """Run a block on random examples together and one by one; compare results and gradients."""
     module = model.get_submodule(name)
     device = next((t.device for t in module.parameters()), torch.device("cpu"))
     leaves, structure = tree_flatten(call)
@@ -119,19 +120,28 @@ def _is_row_wise(
             made = _example(leaf, is_batched=place in places, generator=generator)
             if made is None:
                 return False
-            leaves[place] = made.to(device)
+            leaves[place] = made.to(device).requires_grad_(made.is_floating_point())
     example = tree_unflatten(leaves, structure)
-    with untouched(model), torch.no_grad():
+    floating = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    wanted = [*floating, *(p for p in module.parameters() if p.requires_grad)]
+    with untouched(model), torch.enable_grad():
         try:
             together = module.forward(*example[0], **example[1])
             apart = [
                 module.forward(*given, **named)
                 for given, named in cut_arguments(example, places, _EXAMPLES) or ()
             ]
+            results = together, joined(apart)
+            if not _close(*results):
+                return False
+            one, other = (
+                gradients(result, wanted, torch.Generator().manual_seed(1)) for result in results
+            )
         except Exception as error:  # noqa: BLE001  whatever a block makes of a smaller batch
             _log.info("block %r fails on a slice of the batch: %s", name, first_line(error))
             return False
-    return _close(together, joined(apart))
+    dtypes = {t.dtype for t in wanted}
+    return are_close(one, other, _CLOSE * max(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def _example(leaf: Tensor, *, is_batched: bool, generator: torch.Generator) -> Tensor | None:

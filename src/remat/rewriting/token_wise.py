@@ -22,7 +22,7 @@ import torch
 
 from remat.trace.records import BUFFERS, PARAMETERS, Call, Op, StepTrace, TensorMeta
 
-_COPIES = frozenset({"aten._to_copy", "aten.clone", "aten.alias_copy"})
+COPIES = frozenset({"aten._to_copy", "aten.clone", "aten.alias_copy"})
 _NORMS = frozenset({"aten.native_layer_norm", "aten._fused_rms_norm"})
 _REDUCTIONS = frozenset({
     "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.var_mean",
@@ -54,7 +54,7 @@ def token_wise(trace: StepTrace, number: int) -> TokenWise | None:
     tensors = call.arguments.storages
     if len(tensors) != 1 or len(call.results.names) != 1 or len(call.results.storages) != 1:
         return None
-    if call.draws_python_random or call.changed_state:
+    if call.draws_python_random or call.moves_random_state or call.changed_state:
         return None
     given = _given(trace, call, tensors[0])
     if given is None or len(given.shape) < 2 or given.shape[-1] == 0:
@@ -164,7 +164,7 @@ class _Walk:
         if name == "aten.cat":
             dim = arguments[1] if len(arguments) > 1 else keywords.get("dim", 0)
             return not constants and dim in (-1, len(first.shape) - 1)
-        return (name in _COPIES or _is_pointwise(op.name)) and all(map(_broadcasts, constants))
+        return (name in COPIES or is_pointwise(op.name)) and all(map(_broadcasts, constants))
 
 
 def _sources(trace: StepTrace, op: Op) -> list[tuple[TensorMeta, int]] | None:
@@ -205,7 +205,8 @@ def _broadcasts(meta: TensorMeta) -> bool:
     return all(size == 1 for size in meta.shape[:-1])
 
 
-def _is_pointwise(name: str) -> bool:
+def is_pointwise(name: str) -> bool:
+    """Whether each element of an op's result follows from those in its place."""
     namespace, *path = name.split(".")
     found = getattr(torch.ops, namespace, None)
     for part in path:

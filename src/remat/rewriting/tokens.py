@@ -5,6 +5,7 @@ Each slice is recomputed in backward, also inside a region that is recomputed it
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Iterable, Iterator
 
@@ -17,11 +18,20 @@ from remat.planner.records import Rewrite, RewriteKind
 from remat.program import Program
 from remat.regions.sliced_calls import cut_rows, joined_rows
 from remat.rewriting.token_wise import TokenWise, token_wise
+from remat.rewriting.trials import are_close, are_same, gradients, runs_alike
 from remat.trace.records import FORWARD, StepTrace
 from remat.trace.standin import untouched
 from remat.trace.step import first_line
 
 _log = logging.getLogger(__name__)
+
+
+class _Trial(enum.Enum):
+    """What a module in slices gives: the same bits, the same but for rounding, or other values."""
+
+    EXACT = enum.auto()
+    ROUNDED = enum.auto()
+    OTHER = enum.auto()
 
 
 def sliced_tokens(
@@ -37,7 +47,7 @@ def sliced_tokens(
     for wide in _innermost(plain.trace, _wide_calls(plain)):
         found.setdefault(plain.trace.calls[wide.call].module, []).append(wide)
     taken = {rewrite.module for rewrite in others}
-    exact: dict[object, bool] = {}
+    trials: dict[object, _Trial] = {}
     rewrites = []
     for name, calls in found.items():
         shortest = min(calls, key=lambda c: c.num_rows)
@@ -47,9 +57,13 @@ def sliced_tokens(
             continue
         module = model.get_submodule(name)
         key = (type(module), shortest.given, *(tuple(p.shape) for p in module.parameters()))
-        if key not in exact:
-            exact[key] = _is_exact(model, module, shortest, slices)
-        rewrites.append(_rewrite(plain, model, calls, slices, is_exact=exact[key]))
+        if key not in trials:
+            trials[key] = _try(model, module, shortest, slices)
+        if trials[key] is _Trial.OTHER:
+            _log.info("module %r gives other values in slices", name)
+            continue
+        is_exact = trials[key] is _Trial.EXACT
+        rewrites.append(_rewrite(plain, model, calls, slices, is_exact=is_exact))
     return tuple(rewrites)
 
 
@@ -77,32 +91,51 @@ def _innermost(trace: StepTrace, calls: Iterable[TokenWise]) -> Iterator[TokenWi
     return (one for one in listed if one.call not in around)
 
 
-def _is_exact(model: nn.Module, module: nn.Module, wide: TokenWise, slices: int) -> bool:
-    """Whether, on random rows, results and gradients of the input are the same bits in slices.
+def _try(model: nn.Module, module: nn.Module, wide: TokenWise, slices: int) -> _Trial:
+    """Run a module whole and in slices, and compare results and gradients.
 
-    To try it needs real parameters, computed with as the step does.
+    Bits need real parameters, computed with as the step does; the rows are random. Those of its own
+    parameters' gradients are sums over rows, and differ in slices.
     """
     tensors = (*module.parameters(), *module.buffers())
-    if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors):
-        return False
-    if wide.dtypes != {wide.given.dtype}:  # under autocast, entered where we do not see it
-        return False
+    is_abstract = any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors)
     device = next((t.device for t in tensors), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, wide.given.dtype)
-    x = torch.randn(wide.given.shape, generator=generator).to(device, dtype).requires_grad_()
+    if is_abstract:
+        x = torch.empty(wide.given.shape, dtype=dtype, device="meta")
+    else:
+        x = torch.randn(wide.given.shape, generator=generator).to(device, dtype).requires_grad_()
+    trained = [p for p in module.parameters() if p.requires_grad]
     with untouched(model), torch.enable_grad():
         try:
-            whole = module.forward(x)
-            sliced = joined_rows([module.forward(part) for part in cut_rows(x, slices)], x)
-            if sliced is None or not torch.equal(whole, sliced):
-                return False
-            by = torch.randn(whole.shape, generator=generator).to(device, dtype)
-            found = [torch.autograd.grad(result, x, by)[0] for result in (whole, sliced)]
+            parts = cut_rows(x, slices)
+            if not runs_alike(module, x, [parts[0], parts[-1]]):
+                return _Trial.OTHER
+            if is_abstract or wide.dtypes != {wide.given.dtype}:  # autocast, entered out of sight
+                return _Trial.ROUNDED
+            results = module.forward(x), joined_rows([module.forward(p) for p in parts], x)
+            one, other = (
+                [result, *gradients(result, [x, *trained], torch.Generator().manual_seed(1))]
+                for result in results
+            )
         except Exception as error:  # noqa: BLE001  whatever a module makes of being called alone
             _log.info("a token-wise module cannot be tried: %s", first_line(error))
-            return False
-    return torch.equal(*found)
+            return _Trial.ROUNDED
+    if not are_close(one, other, _tolerance(wide, slices)):
+        return _Trial.OTHER
+    return _Trial.EXACT if are_same(one[:2], other[:2]) else _Trial.ROUNDED
+
+
+def _tolerance(wide: TokenWise, slices: int) -> float:
+    """Bound how far sums over rows differ in slices."""
+    lowest = [getattr(torch, dtype) for dtype in (wide.given.dtype, *wide.dtypes)]
+    return rounding_tolerance(
+        max(torch.finfo(dtype).eps for dtype in lowest),
+        torch.finfo(torch.promote_types(lowest[0], torch.float32)).eps,
+        num_summands=wide.num_rows + wide.given.shape[-1],
+        num_slices=slices,
+    )
 
 
 def _rewrite(
@@ -111,8 +144,6 @@ def _rewrite(
     first = calls[0]
     names = plain.trace.parameter_names
     own = {n for c in calls for s in c.parameters & names.keys() for n in names[s]}
-    lowest = [getattr(torch, dtype) for dtype in (first.given.dtype, *first.dtypes)]
-    epsilon = max(torch.finfo(dtype).eps for dtype in lowest)
     return Rewrite(
         kind=RewriteKind.SLICED_TOKENS,
         module=plain.trace.calls[first.call].module,
@@ -121,10 +152,5 @@ def _rewrite(
         affects=tuple(
             n for n, p in model.named_parameters() if p.requires_grad and (n in own or not is_exact)
         ),
-        tolerance=rounding_tolerance(
-            epsilon,
-            torch.finfo(torch.promote_types(lowest[0], torch.float32)).eps,
-            num_summands=max(c.num_rows for c in calls) + first.given.shape[-1],
-            num_slices=slices,
-        ),
+        tolerance=max(_tolerance(call, slices) for call in calls),
     )

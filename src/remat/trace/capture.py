@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 
 from remat.errors import CaptureError, RematError, WorkloadError
 from remat.trace.effects import first_change, visible_state
+from remat.trace.generators import global_states
 from remat.trace.parallel import (
     check_wrapping,
     refuse_wrapped,
@@ -29,7 +30,7 @@ from remat.trace.parallel import (
     swap_data_parallel,
     swap_sharded,
 )
-from remat.trace.recorder import Recorder, python_random_state, tensors_in
+from remat.trace.recorder import Recorder, tensors_in
 from remat.trace.records import (
     ACTIVATIONS,
     BACKWARD,
@@ -150,6 +151,7 @@ def _capture(
     with contextlib.ExitStack() as stack:
         if mode is not None:
             stack.enter_context(untouched(model))
+            recorder.threads.watch(mode)
             translate = factory = FakeFactory(mode, device or torch.device("cpu"))
             swap_sharded(model, factory)
             swap_tensors(model, factory)
@@ -177,9 +179,11 @@ def _capture(
         default_to_foreach(optimizer_object, device_type)
         try:
             _run(recorder, model, batch, loss, optimizer_object)
+            recorder.threads.check()
         except (*_NEEDS_VALUES, RematError):
             raise
         except Exception as error:
+            recorder.threads.check()
             raise WorkloadError(_explain(error, recorder)) from error
         finally:
             recorder.recording = False
@@ -281,10 +285,10 @@ def _recorded_forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if not recorder.recording:
+    if not recorder.recording or recorder.threads.is_unseen(f"in module {name!r}"):
         return forward(*args, **kwargs)
     index = recorder.enter_call(name, (args, kwargs))
-    before, state = python_random_state(), visible_state(module, (args, kwargs))
+    before, state = global_states(), visible_state(module, (args, kwargs))
     try:
         output = forward(*args, **kwargs)
         changed = first_change(state, visible_state(module, (args, kwargs)))

@@ -16,7 +16,8 @@ from remat.trace.caches import caches_in
 from remat.trace.capture import capture
 from remat.trace.checkpoints import AbstractVisitor, CheckpointCall, visited
 from remat.trace.effects import first_change, visible_state
-from remat.trace.recorder import Recorder, python_random_state, tensors_in
+from remat.trace.generators import global_states
+from remat.trace.recorder import Recorder, tensors_in
 from remat.trace.records import ACTIVATIONS, Call, StepTrace
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike
 
@@ -122,7 +123,7 @@ class _Finder(AbstractVisitor):
         )
         self.regions.append(region)
         state = visible_state(_owner(call.function), (args, kwargs))
-        self._open.append((call, region, state, python_random_state()))
+        self._open.append((call, region, state, global_states().python))
         return False
 
     def leave(self, call: CheckpointCall, output: Any) -> None:
@@ -134,7 +135,7 @@ class _Finder(AbstractVisitor):
         region.end, region.stop_op = recorder.tick, len(recorder.ops)
         region.stop_call = len(recorder.calls)
         region.outputs_need_grad = any(t.requires_grad for t in tensors_in(output))
-        region.draws_python_random = random_before != python_random_state()
+        region.draws_python_random = random_before != global_states().python
         after = visible_state(_owner(call.function), _arguments(call))
         changed = first_change(before, after)
         inside = recorder.calls[region.first_call : region.stop_call]

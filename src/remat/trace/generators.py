@@ -1,12 +1,13 @@
-"""Random generators that a user's modules hold: their states taken, and put back."""
+"""Random generators, of modules and global ones: their states, taken and put back."""
 
 from __future__ import annotations
 
 import random
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Any: the state of a generator is its library's own.
 
@@ -33,3 +34,20 @@ def put_state(generator: Any, state: Any) -> None:
             getattr(generator, name)(state)
             return
     generator.bit_generator.state = state
+
+
+class GlobalStates(NamedTuple):
+    """Comparable states of the global generators: Python's and NumPy's, and torch's on the CPU."""
+
+    python: Any
+    torch: bytes
+
+
+def global_states() -> GlobalStates:
+    """Take the states of the global generators as they really are, also in a trace on fakes."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else None
+    position = (state[1].tobytes(), state[2]) if state is not None else None
+    with _disable_current_modes():
+        drawn = torch.default_generator.get_state().numpy().tobytes()
+    return GlobalStates((random.getstate(), position), drawn)

@@ -9,7 +9,6 @@ holding it costs nothing, and its memory as a storage beside it, which nothing e
 from __future__ import annotations
 
 import functools
-import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -30,6 +29,7 @@ from torch.utils._python_dispatch import (
 from torch.utils.flop_counter import flop_registry
 
 from remat.trace.collectives import is_distributed, results_of_collective, unwrapped
+from remat.trace.generators import GlobalStates, global_states
 from remat.trace.leaves import Identities, flatten
 from remat.trace.records import (
     ACTIVATIONS,
@@ -51,6 +51,7 @@ from remat.trace.recurrent import as_the_kernel
 from remat.trace.replaying import is_replaying
 from remat.trace.saved import version_check
 from remat.trace.standin import map_tensors
+from remat.trace.threads import Threads
 from remat.trace.values import (
     compute_from_values,
     follow_values,
@@ -133,6 +134,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.call_stack: list[int] = []
         self.phase_start: dict[str, int] = {}
         self.replayed_ticks: list[int] = []
+        self.threads = Threads()
         self._live: dict[int, int] = {}  # address of a storage -> id
         self._since: dict[int, int] = {}  # id -> tick from which it holds memory
         self._gathered: dict[int, int] = {}  # id of a gathered parameter -> id of its memory
@@ -149,6 +151,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self._live.get(storage._cdata)
         if known is not None:
             return known
+        if self.fake_mode is None:  # fakes tell of themselves
+            self.threads.note_result(tensor)
         index = len(self.storages)
         call = self.call_stack[-1] if self.call_stack else -1
         self.storages.append(Storage(storage.nbytes(), kind, self.tick, call))
@@ -299,12 +303,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for index in self.call_stack:
             self.calls[index].changed_state = self.calls[index].changed_state or what
 
-    def leave_call(self, index: int, outputs: Any, python_random_before: Any) -> None:
+    def leave_call(self, index: int, outputs: Any, random_before: GlobalStates) -> None:
         """Note that a module's forward ended."""
         self.tick += 1
         call = self.calls[index]
         call.end, call.stop_op = self.tick, len(self.ops)
-        call.draws_python_random = python_random_before != python_random_state()
+        random_after = global_states()
+        call.draws_python_random = random_before.python != random_after.python
+        call.moves_random_state = random_before.torch != random_after.torch
         call.outputs = tuple(
             dict.fromkeys(self.register(t, ACTIVATIONS) for t in tensors_in(outputs))
         )
@@ -344,6 +350,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self.threads.follow()
         if is_distributed(types):
             return NotImplemented  # its own dispatch comes first, and makes ops on what it wraps
         if func.namespace == "c10d" and self.fake_mode is not None:
@@ -434,16 +441,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tick += 1
         self.phase = self.stage = phase
         self.phase_start[phase] = self.tick
-
-
-def python_random_state() -> Any:
-    """Return a comparable state of Python's and NumPy's global generators."""
-    import sys
-
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else None
-    position = (state[1].tobytes(), state[2]) if state is not None else None
-    return random.getstate(), position
 
 
 def is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -146,6 +146,7 @@ class Call:
 
     `first_op` and `stop_op` bound its ops, `inputs` are the storages that its arguments hold,
     `changed_state` names an attribute or object of Python's that it, or a call inside, changed.
+    It `moves_random_state` of torch if that is another one after it, whether or not an op drew.
     `arguments` and `results` say which objects it was given and gave back (see `Leaves`).
     `entered` is the tick from which backward has come to its result, -1 where it never does or in
     traces of planned steps.
@@ -163,6 +164,7 @@ class Call:
     arguments: Leaves = NO_LEAVES
     results: Leaves = NO_LEAVES
     draws_python_random: bool = False
+    moves_random_state: bool = False
     changed_state: str = ""
     uses_grad: bool = True
     phase: str = FORWARD

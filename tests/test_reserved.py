@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import remat
-from remat.prove.allocator_rules import AllocatorOptions
+from remat.cost.allocator_rules import AllocatorOptions
 from remat.prove.caching import CachingAllocator
 from remat.prove.reserved import replay, replay_step, step_events
 from remat.prove.snapshot import memory_snapshot, save_snapshot

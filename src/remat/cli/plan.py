@@ -10,12 +10,15 @@ import typer
 from remat.cli.options import (
     BUDGET_HELP,
     HOST_BUDGET_HELP,
+    AllocConfOption,
     BatchOption,
+    DeviceFileOption,
     HfConfigOption,
     JsonOption,
     OptionalWorkloadArgument,
     check_budget,
     check_host_budget,
+    device_with,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ def command(
             "--budget, all of its memory is the budget.",
         ),
     ] = None,
+    device_file: DeviceFileOption = None,
+    alloc_conf: AllocConfOption = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", show_default=False, help="Write the plan to this file."),
@@ -88,12 +93,13 @@ def command(
     The model is left as it is, and no real activation is allocated. Prints the plan and a sketch of
     the Pareto front: peak memory against what is computed twice.
     """
-    if device is not None:
-        from remat.cost.devices import find_device
-
-        row = find_device(device)
-        if budget is None and not frontier and row.kind != "cpu":
-            budget = str(row.available_bytes)
+    if device is None and (device_file is not None or alloc_conf is not None):
+        raise typer.BadParameter("--device-file and --alloc-conf need --device, whose they are.")
+    row = None if device is None else device_with(device, device_file, alloc_conf)
+    if row is not None and row.torch_type != "cuda" and alloc_conf is not None:
+        raise typer.BadParameter(f"--alloc-conf: {row.name!r} has no caching allocator of CUDA's.")
+    if row is not None and budget is None and not frontier and row.kind != "cpu":
+        budget = str(row.available_bytes)
     if budget is None and (output is not None or memory_timeline is not None or not frontier):
         raise typer.BadParameter("give a --budget, or --frontier N for the Pareto front alone.")
     if memory_timeline is not None and memory_timeline.suffix not in (".json", ".pickle"):
@@ -120,7 +126,7 @@ def command(
             fit = Fit(
                 inputs.model,
                 inputs.batch,
-                device=device,
+                device=row,
                 chunks=chunks,
                 host_budget=host_budget,
                 progress=progress.by_share,

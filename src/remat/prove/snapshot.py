@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from remat.cost.allocator_rules import AllocatorOptions
 from remat.errors import WorkloadError
 from remat.files import write_atomically, write_bytes_atomically
-from remat.prove.allocator_rules import AllocatorOptions
 from remat.prove.caching import Block, CachingAllocator
 from remat.prove.reserved import NUM_STEPS, Event, replay
 from remat.trace.records import TEMPORARIES, OpSignature, StepTrace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,8 +24,11 @@ from remat.cli.options import (
 if TYPE_CHECKING:
     from remat.planner.records import Plan
 
+# Any: a memory snapshot is nested dicts and lists.
+
 NAME = "plan"
 EXAMPLE = "Example: remat plan examples/digits_vit.py --budget 60% -o plan.json"
+_TIMELINES = (".html", ".json", ".pickle")  # forms of --memory-timeline
 _FRONT_POINTS = 6  # of the sketch in the terminal, where nothing else is asked for
 
 
@@ -82,8 +85,9 @@ def command(
             "--memory-timeline",
             metavar="FILE",
             show_default=False,
-            help="Write the planned step's allocations as a PyTorch memory snapshot: FILE.json, or "
-            "FILE.pickle for pytorch.org/memory_viz, which reads nothing else.",
+            help="Write the planned step's allocations: FILE.html as a page of blocks by kind, "
+            "FILE.json as a PyTorch memory snapshot, or FILE.pickle as one for "
+            "pytorch.org/memory_viz, which reads nothing else.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -102,10 +106,10 @@ def command(
         budget = str(row.available_bytes)
     if budget is None and (output is not None or memory_timeline is not None or not frontier):
         raise typer.BadParameter("give a --budget, or --frontier N for the Pareto front alone.")
-    if memory_timeline is not None and memory_timeline.suffix not in (".json", ".pickle"):
+    if memory_timeline is not None and memory_timeline.suffix not in _TIMELINES:
         raise typer.BadParameter(
-            f"--memory-timeline {str(memory_timeline)!r}: expected a name that ends in .json or "
-            ".pickle."
+            f"--memory-timeline {str(memory_timeline)!r}: expected a name that ends in "
+            f"{', '.join(_TIMELINES[:-1])} or {_TIMELINES[-1]}."
         )
     if budget is not None:
         check_budget(budget)
@@ -136,9 +140,7 @@ def command(
             points = (0 if as_json else _FRONT_POINTS) if frontier is None else frontier
             front = fit.frontier(points) if points else []
             if plan is not None and memory_timeline is not None:
-                from remat.prove.snapshot import save_snapshot
-
-                save_snapshot(fit.memory_snapshot(plan), memory_timeline)
+                _write_timeline(inputs.name, plan, fit.memory_snapshot(plan), memory_timeline)
                 note(f"memory timeline written to {memory_timeline}")
         if plan is not None and output is not None:
             plan.save(output)
@@ -148,6 +150,18 @@ def command(
         else:
             _print(inputs.name, plan, front)
     return 0
+
+
+def _write_timeline(name: str, plan: Plan, snapshot: dict[str, Any], path: Path) -> None:
+    """Write a memory timeline in the form that its name asks for."""
+    if path.suffix == ".html":
+        from remat.report.memory import write_memory
+
+        write_memory(name, plan, snapshot, path)
+    else:
+        from remat.prove.snapshot import save_snapshot
+
+        save_snapshot(snapshot, path)
 
 
 def _as_json(plan: Plan | None, front: list[Plan], *, with_front: bool) -> str:

@@ -341,15 +341,21 @@ def test_file_of_a_plan_made_before_devices_is_read():
 def test_cli_plans_for_a_device_and_writes_its_timeline(run_cli, write_workload, tmp_path):
     """Without a budget the device's memory is one; the timeline is a snapshot of segments."""
     path = tmp_path / "step.json"
-    done = run_cli(
-        "plan", write_workload(), "--device", "l4", "--frontier", 0, "--memory-timeline", path
-    )
+    line = ("plan", write_workload(), "--device", "l4", "--frontier", 0, "--memory-timeline", path)
+    done = run_cli(*line)
     assert done.code == 0, done.err
     assert re.search(r"budget +21\.\d+ GiB +\d+ bytes on L4", done.out)
     assert '"segments"' in path.read_text()
+    page = tmp_path / "step.html"
+    done = run_cli(*line[:-1], page)
+    assert done.code == 0, done.err
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "Blocks by kind over time" in text
+    assert "<script" not in text
     done = run_cli("plan", write_workload(), "--device", "l4", "--memory-timeline", "step.txt")
     assert done.code == 2
-    assert "ends in .json or .pickle" in done.err
+    assert "ends in .html, .json or .pickle" in done.err
 
 
 def test_cli_plans_for_a_device_of_ones_own_and_its_allocator(run_cli, write_workload, tmp_path):

@@ -39,7 +39,7 @@ ProgressFunction = Callable[[str, int, int | None], None]
 DEFAULT_SECONDS = 60.0
 _LEAST_SECONDS = 5.0
 # How the time is shared out: most of it goes to ops, whose curves carry every prediction.
-_SHARE_OF_OPS, _SHARE_OF_HALF_OPS, _SHARE_OF_REGIONS, _SHARE_OF_CHECKS = 0.35, 0.2, 0.1, 0.25
+_SHARE_OF_OPS, _SHARE_OF_HALF_OPS, _SHARE_OF_REGIONS, _SHARE_OF_CHECKS = 0.4, 0.15, 0.1, 0.25
 _FEWEST_STEPS, _MOST_STEPS = 3, 9
 _STEPS_BESIDE = 3  # of a measurement: to warm up, and to record the peak
 # The smallest of each kind is timed whatever the time: without it there would be no curve.

@@ -6,8 +6,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from remat.cost.allocator_rules import AllocatorOptions, round_size, segment_size
 from remat.errors import DeviceError
-from remat.prove.allocator_rules import AllocatorOptions, round_size, segment_size
 from remat.prove.caching import CachingAllocator, OutOfReservedMemoryError
 
 KIB, MIB = 1024, 1024**2

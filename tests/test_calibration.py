@@ -203,6 +203,24 @@ def test_plan_uses_the_calibration():
     assert plan.step_seconds == pytest.approx(expected)
 
 
+def test_plan_in_16_bits_goes_by_its_own_curves():
+    """Under autocast products are priced by the curve of bfloat16, all else by that of its type."""
+    slower = Curve(family="matmul", dtype="bfloat16", points=((1e3, 1e-3), (1e12, 1e6)))
+    keep(made_up(curves=(*made_up().curves, slower)))
+
+    def mixed(network, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(x).float().square().mean()
+
+    step = {"model": nn.Linear(8, 8), "batch": torch.randn(4, 8), "loss": mixed}
+    plan = remat.plan(**step, budget="100%")
+    ops = capture(**step).ops
+    products = [op for op in ops if family_of(op.name) in BY_FLOPS]
+    assert {op.dtype for op in products} == {"bfloat16"}
+    expected = sum(slower.seconds(op.flops) for op in products)
+    assert plan.step_seconds == pytest.approx(expected + 1e-3 * (len(ops) - len(products)))
+
+
 def test_devices_of_ones_own_keep_their_figures():
     """A calibration of the table's row does not speak for a Device that the caller describes."""
     keep(made_up())
@@ -266,13 +284,15 @@ def test_calibrate_measures_keeps_and_shows(run_cli, tmp_path):
     assert done.code == 0, done.err
     assert torch.equal(torch.get_rng_state(), before)
     found = Calibration.from_data(json.loads(done.out)["calibration"], source="stdout")
-    families = {curve.family for curve in found.curves}
-    assert {"matmul", "convolution", "convolution backward", "attention", "pointwise"} <= families
+    wanted = {"matmul", "convolution", "convolution backward", "attention", "pointwise"}
+    for dtype in ("float32", "bfloat16"):
+        assert wanted <= {curve.family for curve in found.curves if curve.dtype == dtype}
     for curve in found.curves:
         works, seconds = zip(*curve.points, strict=True)
         assert list(works) == sorted(works)
         assert list(seconds) == sorted(seconds)
-    assert len(found.checks) == 4
+    assert len(found.checks) == 7
+    assert sum("autocast to bfloat16" in check.name for check in found.checks) == 2
     assert found.region_overhead_s > 0
     page = tmp_path / "page.html"
     shown = run_cli("calibrate", "--report", "-o", page, "--root", tmp_path)

@@ -166,6 +166,10 @@ def test_load_devices_user_file_sets_the_default_of_a_kind(write):
         ("region_overhead_s = nan", "region_overhead_s is nan"),
         ('kind = "tpu"', "kind is 'tpu'"),
         ("source = 2024", "source must be text"),
+        ('alloc_conf = "max_split_size_mb:8"', "max_split_size_bytes is 8388608"),
+        ('alloc_conf = "expandable_segments:yes"', "expected True or False"),
+        ('alloc_conf = "speed:9"', "allocator setting 'speed:9' is not modelled"),
+        ('alloc_conf = "per_process_memory_fraction:2"', "per_process_memory_fraction is 2.0"),
         ("memory_gb = 16", r"device.T4.memory_gb is not a known field"),
     ],
 )

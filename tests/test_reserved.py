@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import remat
-from remat.prove.allocator_rules import AllocatorOptions
+from remat.cost.allocator_rules import AllocatorOptions
 from remat.prove.caching import CachingAllocator
 from remat.prove.reserved import replay, replay_step, step_events
 from remat.prove.snapshot import memory_snapshot, save_snapshot
+from remat.report.memory import memory_story
 from remat.trace.capture import capture
 from remat.trace.memory import memory_by_kind
 from remat.trace.records import CRUMBS_BYTES, OPTIMIZER_STATE
@@ -149,6 +150,23 @@ def test_snapshot_names_op_module_and_kind():
             for e in entries if e["action"] == "alloc"}  # fmt: skip
     assert ("aten.gelu.default", "1", "activations") in made
     assert {"parameters", "gradients", "optimizer", "activations"} <= {kind for *_, kind in made}
+
+
+def test_page_of_a_step_tells_every_block_of_its_snapshot():
+    """Bytes by kind, the peak, what is reserved and each block's life are the snapshot's own."""
+    trace, _ = traced()
+    allocator = CachingAllocator()
+    peaks = replay(trace, allocator)
+    story = memory_story(memory_snapshot(trace))
+    assert story.peak_bytes == peaks.requested_bytes
+    assert max(held for *_, held in story.moments) == peaks.reserved_bytes
+    assert [phase for phase, _ in story.phases] == ["forward", "backward", "optimizer"] * 2
+    at_peak = sum(b.size_bytes for b in story.blocks if b.start <= story.peak_tick < b.end)
+    assert at_peak == story.peak_bytes
+    weights = sum(b.size_bytes for b in story.blocks if b.kind == "parameters")
+    assert weights == 4 * (4 * 256 * 257 + 8 * 257)
+    largest = story.at_peak()
+    assert largest[0].size_bytes == max(b.size_bytes for b in largest)
 
 
 def test_snapshot_is_written_as_json_or_as_pickle(tmp_path):

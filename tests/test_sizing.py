@@ -137,6 +137,32 @@ def test_largest_size_fits_and_one_more_does_not(mode):
     assert needed(largest) <= small.available_bytes < needed(largest + 1)
 
 
+def test_search_goes_on_as_far_as_memory_does():
+    """A model of four parameters: thousands of millions of examples fit an A100, and no more."""
+    tiny = nn.Sequential(nn.Linear(1, 1), nn.GELU(), nn.Linear(1, 1))
+
+    def examples(number):
+        return torch.empty(number, 1, device="meta")
+
+    made = Subject(name="tiny", model=tiny, make_batch=examples, asked=8, loss=loss)
+    largest = Sizer(made, A100, A100.available_bytes).largest(Mode.NOTHING)
+    assert largest > 2**30
+
+    def needed(number):
+        return Fit(tiny, examples(number), loss=loss, device=A100).keep_all_peak_bytes
+
+    assert needed(largest) <= A100.available_bytes < needed(largest + 1)
+
+
+def test_batches_that_do_not_grow_are_refused():
+    """A function that ignores how many examples it is asked for has no largest batch."""
+    made = Subject(
+        name="stuck", model=model(1), make_batch=lambda _n: batch(2), asked=2, loss=loss
+    )  # fmt: skip
+    with pytest.raises(remat.WorkloadError, match="as many examples as it is asked for"):
+        survey(made, [A100])
+
+
 def test_survey_orders_modes_and_names_the_cheapest():
     """Recomputation never makes the batch smaller; price is per epoch where it is known."""
     prices = {
@@ -263,6 +289,7 @@ def test_sequences_grow_up_to_the_models_positions():
     assert made.make_batch(128)["labels"].shape == (2, 128)
     found = survey(made, [A100])
     assert [size.largest for size in found.devices[0].sizes] == [256] * 3
+    assert found.notes == ("No sequence above 256 was tried: the model has no more positions.",)
     with pytest.raises(remat.WorkloadError, match="holds no sequences"):
         sequence_subject("perceptron", model(), batch(2))
 
@@ -363,17 +390,24 @@ def test_cli_fit_prints_a_table_json_and_a_page(run_cli, write_workload, tmp_pat
     page, prices = tmp_path / "fit.html", tmp_path / "prices.toml"
     prices.write_text(
         'schema_version = 1\n[price.T4]\nusd_per_hour = 9.0\nsource = "me"\ndate = "2026-11"\n'
+        "verified = false\n"
     )
     line = ("fit", write_workload(), "--devices", "T4,l4", "--prices", prices)
     done = run_cli(*line, "--page", page)
     assert done.code == 0, done.err
     assert "L4" in done.out
     assert "Cheapest for the batch of 128 asked for: L4" in done.out
+    assert re.search(r"\n\* T4: \$9\.00 an hour, me, 2026-11; not verified", done.out)
+    assert re.search(r"\nL4: \$0\.80 an hour, Amazon EC2", done.out)
+    assert re.search(r"\nT4 .*\$0\.01 \*", done.out)
     text = page.read_text()
     assert "<svg" in text
     assert "<script" not in text
+    assert "0.01 *</td>" in text
+    assert "* T4: $9.00 an hour; me, 2026-11; <strong>not verified</strong>" in text
     found = Survey.from_data(json.loads(run_cli(*line, "--json").out), "stdout")
     assert [row.device for row in found.devices] == ["T4", "L4"]
+    assert [row.is_price_verified for row in found.devices] == [False, True]
     assert found.examples_per_epoch == 256
 
 

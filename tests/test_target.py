@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections import Counter
 
@@ -12,10 +14,14 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import remat
+from remat.cost.allocator_rules import AllocatorOptions
 from remat.fit import Fit
+from remat.prove.accounting import target_of
+from remat.prove.reserved import replay_step
 from remat.trace.capture import capture
 from remat.trace.target import Attention, Target, choose_attention, default_to_foreach, ops_of
 
+MIB = 1024**2
 A100 = Target(device_type="cuda", compute_capability=(8, 0))
 H100 = Target(device_type="cuda", compute_capability=(9, 0))
 L4 = Target(device_type="cuda", compute_capability=(8, 9))
@@ -267,6 +273,43 @@ def test_plan_for_cuda_keeps_reserved_memory_within_the_budget():
     assert remat.Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
+@pytest.mark.parametrize(
+    ("alloc_conf", "options"),
+    [
+        ("expandable_segments:True", AllocatorOptions(expandable_segments=True)),
+        ("max_split_size_mb:21", AllocatorOptions(max_split_size_bytes=21 * MIB)),
+        (
+            "garbage_collection_threshold:0.5, per_process_memory_fraction:0.25",
+            AllocatorOptions(garbage_collection_threshold=0.5, limit_bytes=85_024_047_104 // 4),
+        ),
+    ],
+)
+def test_allocators_settings_decide_what_is_reserved(alloc_conf, options):
+    """Under settings of PYTORCH_ALLOC_CONF a plan reserves what a replay under them does."""
+    batch = torch.empty(64, 512, 64, dtype=torch.bfloat16, device="meta")
+    row = dataclasses.replace(
+        remat.load_devices()["A100-80GB"], usable_bytes=85_024_047_104, alloc_conf=alloc_conf
+    )
+    plan = remat.plan(blocks(2), batch, "4GiB", loss=square_mean, device=row)
+    target = target_of(row, "cpu")
+    trace = capture(blocks(2), batch, loss=square_mean, target=target, drop_saved=False)
+    peaks = replay_step(trace, options, library_bytes=row.workspace_bytes)
+    assert plan.predicted_reserved_bytes == peaks.reserved_bytes
+    assert plan.predicted_peak_bytes == peaks.allocated_bytes
+    assert any(alloc_conf in note for note in plan.notes)
+
+
+def test_a_share_of_memory_is_all_that_fits():
+    """What a process may reserve bounds the device, and what would need more says how much."""
+    a100 = remat.load_devices()["A100-80GB"]
+    tight = dataclasses.replace(a100, alloc_conf="per_process_memory_fraction:0.001")
+    assert tight.available_bytes == int(0.001 * a100.available_bytes) + a100.context_bytes
+    batch = torch.empty(512, 512, 64, dtype=torch.bfloat16, device="meta")
+    step = {"loss": square_mean, "chunks": False}
+    needs = [Fit(blocks(2), batch, device=row, **step).keep_all_peak_bytes for row in (a100, tight)]
+    assert needs[0] == needs[1] > tight.available_bytes
+
+
 def test_plan_for_cuda_is_refused_on_the_cpu():
     """A plan holds for its type of device: elsewhere other kernels run."""
     model, batch = blocks(2), torch.randn(4, 64, 64, dtype=torch.bfloat16)
@@ -298,15 +341,50 @@ def test_file_of_a_plan_made_before_devices_is_read():
 def test_cli_plans_for_a_device_and_writes_its_timeline(run_cli, write_workload, tmp_path):
     """Without a budget the device's memory is one; the timeline is a snapshot of segments."""
     path = tmp_path / "step.json"
-    done = run_cli(
-        "plan", write_workload(), "--device", "l4", "--frontier", 0, "--memory-timeline", path
-    )
+    line = ("plan", write_workload(), "--device", "l4", "--frontier", 0, "--memory-timeline", path)
+    done = run_cli(*line)
     assert done.code == 0, done.err
     assert re.search(r"budget +21\.\d+ GiB +\d+ bytes on L4", done.out)
     assert '"segments"' in path.read_text()
+    page = tmp_path / "step.html"
+    done = run_cli(*line[:-1], page)
+    assert done.code == 0, done.err
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "Blocks by kind over time" in text
+    assert "<script" not in text
     done = run_cli("plan", write_workload(), "--device", "l4", "--memory-timeline", "step.txt")
     assert done.code == 2
-    assert "ends in .json or .pickle" in done.err
+    assert "ends in .html, .json or .pickle" in done.err
+
+
+def test_cli_plans_for_a_device_of_ones_own_and_its_allocator(run_cli, write_workload, tmp_path):
+    """Figures of a file and settings of the allocator stand in the plan."""
+    table = tmp_path / "devices.toml"
+    table.write_text("schema_version = 1\n[device.L4]\nusable_bytes = 9_000_000_000\n")
+    own = ("--device", "L4", "--device-file", table)
+    settings = ("--alloc-conf", "expandable_segments:True")
+    done = run_cli("plan", write_workload(), *own, *settings, "--json")
+    plan = remat.Plan.from_data(json.loads(done.out), "-")
+    assert plan.budget_bytes == 9_000_000_000
+    assert any("PYTORCH_ALLOC_CONF=expandable_segments:True" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "H100-80"), "Did you mean 'H100-80GB'?"),
+        (("--device", "L4", "--device-file", "nowhere.toml"), "cannot be read"),
+        (("--device", "L4", "--alloc-conf", "max_split_size_mb:x"), "a whole number of MiB"),
+        (("--device", "mps", "--alloc-conf", "expandable_segments:True"), "no caching allocator"),
+        (("--budget", "1GiB", "--alloc-conf", "expandable_segments:True"), "need --device"),
+    ],
+)
+def test_cli_plan_refuses_bad_devices(run_cli, write_workload, words, message):
+    """Each is one line that names it, and exit code 2."""
+    done = run_cli("plan", write_workload(), *words)
+    assert done.code == 2
+    assert message in done.err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -376,10 +376,8 @@ class Fit:
                 f"The budget of {format_bytes(budget_bytes)} is at or above the keep-everything "
                 f"peak of {format_bytes(self.keep_all_peak_bytes)}: nothing is recomputed."
             )
-        margin = program.accounting.note()
-        if margin is not None:
-            notes.append(margin)
-        elif program.workspace:
+        notes += program.accounting.notes()
+        if program.accounting.is_workspace_known and program.workspace:
             notes.append(
                 f"Kernels' own workspace was measured here for {len(program.workspace)} op shapes "
                 f"(threads: {torch.get_num_threads()}), the largest "

@@ -13,7 +13,7 @@ from torch import nn
 
 from remat.calibrating.curves import TimedOp, curves_of
 from remat.calibrating.hardware import at_hand
-from remat.calibrating.probes import Probe, held_out, probes
+from remat.calibrating.probes import Probe, half_of, held_out, probes
 from remat.cost.calibration import (
     AllocatorFacts,
     Calibration,
@@ -22,6 +22,7 @@ from remat.cost.calibration import (
     calibration_path,
 )
 from remat.cost.devices import Device
+from remat.cost.families import family_of, work_of
 from remat.cost.measured import time_host_copies, time_op
 from remat.cost.model import CostModel, cost_step
 from remat.cost.replay import moved_bytes
@@ -38,8 +39,9 @@ ProgressFunction = Callable[[str, int, int | None], None]
 DEFAULT_SECONDS = 60.0
 _LEAST_SECONDS = 5.0
 # How the time is shared out: most of it goes to ops, whose curves carry every prediction.
-_SHARE_OF_OPS, _SHARE_OF_REGIONS = 0.6, 0.15
-_CHECK_STEPS = 9
+_SHARE_OF_OPS, _SHARE_OF_HALF_OPS, _SHARE_OF_REGIONS, _SHARE_OF_CHECKS = 0.4, 0.15, 0.1, 0.25
+_FEWEST_STEPS, _MOST_STEPS = 3, 9
+_STEPS_BESIDE = 3  # of a measurement: to warm up, and to record the peak
 # The smallest of each kind is timed whatever the time: without it there would be no curve.
 _MUST_PROBES = 2
 
@@ -54,9 +56,10 @@ def calibrate(
     """Measure the device at hand; every later plan for it uses the result.
 
     Ops of small training steps of two kinds, transformer and convolution, are timed one by one at
-    rising sizes, and a curve of seconds against work is drawn for each family of ops and dtype.
-    Overheads of regions come from chains of tiny modules with and without a plan, copies and the
-    allocator are measured, and four steps of other sizes are predicted and then measured.
+    rising sizes, in float32 and in 16 bits, and a curve of seconds against work is drawn for each
+    family of ops and dtype. Overheads of regions come from chains of tiny modules with and without
+    a plan, copies and the allocator are measured, and steps of other sizes, also under autocast,
+    are predicted and then measured.
 
     Arguments
     ---------
@@ -78,7 +81,10 @@ def calibrate(
     row, place, hardware = at_hand(device)
     states = random_states()
     try:
-        timed, seen = _time_probes(place, _SHARE_OF_OPS * seconds, progress)
+        timed, seen = _time_probes(
+            place, torch.float32, _SHARE_OF_OPS * seconds, progress
+        )  # fmt: skip
+        in_half, _ = _time_probes(place, half_of(place), _SHARE_OF_HALF_OPS * seconds, progress)
         progress("overheads of regions", 0, None)
         region_s, saved_s = region_overheads(place, _SHARE_OF_REGIONS * seconds)
         progress("copies and allocator", 0, None)
@@ -88,14 +94,15 @@ def calibrate(
             num_threads=torch.get_num_threads(),
             torch_version=torch.__version__,
             created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-            curves=curves_of(timed),
+            curves=curves_of([*timed, *in_half]),
             region_overhead_s=region_s,
             saved_tensor_overhead_s=saved_s,
             host_bytes_per_s=time_host_copies(place, time.perf_counter),
             allocator=_allocator_facts(place),
             workspaces=_workspaces(seen, place),
         )
-        found = found.model_copy(update={"checks": _checks(found, row, place, progress)})
+        checks = _checks(found, row, place, _SHARE_OF_CHECKS * seconds, progress)
+        found = found.model_copy(update={"checks": checks})
     finally:
         restore_random_states(states)
     if save:
@@ -104,49 +111,72 @@ def calibrate(
 
 
 def _time_probes(
-    place: torch.device, seconds: float, progress: ProgressFunction
+    place: torch.device, dtype: torch.dtype, seconds: float, progress: ProgressFunction
 ) -> tuple[list[TimedOp], set[OpSignature]]:
-    """Time each op shape of the probes once; small probes first, so that time runs out on large."""
-    listed = list(probes(place))
+    """Time each op shape of the probes once; small probes first, so that time runs out on large.
+
+    What an op takes follows from the last one of its family: one that would not end in time is left
+    out, as 16 bits may be a hundred times slower where a CPU emulates them.
+    """
+    stage = f"time ops in {str(dtype).removeprefix('torch.')}"
+    listed = list(probes(place, dtype))
     deadline = time.perf_counter() + seconds
     timed: list[TimedOp] = []
     seen: set[OpSignature] = set()
+    pace: dict[str, float] = {}  # seconds by work
     for done, probe in enumerate(listed):
-        progress("time ops", done, len(listed))
+        progress(stage, done, len(listed))
+        is_optional = done >= _MUST_PROBES
+        if is_optional and time.perf_counter() > deadline:
+            break
         trace = _trace(probe)
         for op in trace.ops:
             signature = trace.signatures[op.signature]
-            is_late = time.perf_counter() > deadline and done >= _MUST_PROBES
-            if op.is_view or signature in seen or is_late:
+            family = family_of(op.name)
+            work = work_of(signature, op.flops, op.moved_bytes)
+            # Run once to warm up, and once or more to be timed.
+            end = time.perf_counter() + 2 * pace.get(family, 0.0) * work
+            if op.is_view or signature in seen or (is_optional and end > deadline):
                 continue
             seen.add(signature)
             with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):
                 took = time_op(signature, place, time.perf_counter)
                 if took is not None:
                     timed.append(TimedOp(op=op, signature=signature, seconds=took))
-    progress("time ops", len(listed), len(listed))
+                    pace[family] = took / max(work, 1.0)
+    progress(stage, len(listed), len(listed))
     return timed, seen
 
 
 def _trace(probe: Probe) -> StepTrace:
     model, batch = probe.build()
-    return capture(model, batch)
+    return capture(model, batch, loss=probe.loss)
 
 
 def _checks(
-    found: Calibration, row: Device, place: torch.device, progress: ProgressFunction
+    found: Calibration,
+    row: Device,
+    place: torch.device,
+    seconds: float,
+    progress: ProgressFunction,
 ) -> tuple[Check, ...]:
+    """Predict and measure steps, as many of each as there is time for."""
     listed = list(held_out(place))
     checks = []
     for done, probe in enumerate(listed):
         progress("predict and measure other steps", done, len(listed))
+        trace = _trace(probe)
+        calibrated_s = _predicted(trace, CostModel(device=row, calibration=found))
+        affordable = int(seconds / len(listed) / calibrated_s) - _STEPS_BESIDE
         model, batch = probe.build()
-        trace = capture(model, batch)
-        took = measure(model, batch, steps=_CHECK_STEPS)
+        took = measure(
+            model, batch, loss=probe.loss,
+            steps=min(max(affordable, _FEWEST_STEPS), _MOST_STEPS),
+        )  # fmt: skip
         checks.append(
             Check(
                 name=probe.name,
-                calibrated_seconds=_predicted(trace, CostModel(device=row, calibration=found)),
+                calibrated_seconds=calibrated_s,
                 roofline_seconds=_predicted(trace, CostModel(device=row)),
                 measured_seconds=took.median_seconds,
             )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from remat.trace.step import Loss
+
 _HEAD_WIDTH = 32
 _NUM_WORDS = 1000
 _NUM_CLASSES = 10
@@ -16,10 +18,11 @@ _NUM_CLASSES = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """One training step: a model and a batch, built when asked for."""
+    """One training step: a model and a batch, built when asked for, and its loss."""
 
     name: str
     build: Callable[[], tuple[nn.Module, Tensor]]
+    loss: Loss | None = None
 
 
 class Tokens(nn.Module):
@@ -82,36 +85,85 @@ _SIZES_OF_TOKENS = ((32, 1, 8), (64, 4, 64), (256, 4, 128), (512, 8, 256))
 _SIZES_OF_IMAGES = ((8, 1, 8), (16, 4, 16), (32, 8, 32), (64, 8, 64))
 
 
-def probes(device: torch.device) -> Iterator[Probe]:
+def half_of(device: torch.device) -> torch.dtype:
+    """Return the type of 16 bits that models are trained in there: bfloat16 where it is native.
+
+    A CPU without instructions for it still trains in it, by emulation, which is slow: then too its
+    speed is what a plan has to know.
+    """
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
     """Yield the steps whose ops are timed, of both kinds in turn, from small to large."""
     for tokens, images in zip(_SIZES_OF_TOKENS, _SIZES_OF_IMAGES, strict=True):
-        yield _tokens(*tokens, device)
-        yield _images(*images, device)
+        yield _tokens(*tokens, device, dtype)
+        yield _images(*images, device, dtype)
 
 
 def held_out(device: torch.device) -> Iterator[Probe]:
-    """Yield steps of other sizes: what the calibration says of them is checked on a real one."""
+    """Yield steps of other sizes: what the calibration says of them is checked on a real one.
+
+    The last are in 16 bits, and small, as that may be slow: all of it, and by autocast.
+    """
     yield _tokens(128, 4, 96, device)
     yield _tokens(384, 4, 128, device)
     yield _images(24, 8, 28, device)
     yield _images(48, 4, 56, device)
+    half = half_of(device)
+    yield _tokens(96, 2, 48, device, half)
+    yield _mixed(_tokens(96, 2, 48, device), half)
+    yield _mixed(_images(12, 4, 20, device), half)
 
 
-def _tokens(width: int, examples: int, tokens: int, device: torch.device) -> Probe:
+def _mixed(probe: Probe, half: torch.dtype) -> Probe:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, half):
+            value: Tensor = model(batch)
+        return value
+
     return Probe(
-        name=f"transformer block, {width} wide, {examples} x {tokens} tokens",
+        name=f"{probe.name}, autocast to {_named(half)}", build=probe.build, loss=loss
+    )  # fmt: skip
+
+
+def _tokens(
+    width: int,
+    examples: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Probe:
+    return Probe(
+        name=f"transformer block, {width} wide, {examples} x {tokens} tokens{_in(dtype)}",
         build=lambda: (
-            Tokens(width).to(device),
+            Tokens(width).to(device, dtype),
             torch.randint(_NUM_WORDS, (examples, tokens), device=device),
         ),
     )
 
 
-def _images(channels: int, examples: int, side: int, device: torch.device) -> Probe:
+def _images(
+    channels: int,
+    examples: int,
+    side: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Probe:
     return Probe(
-        name=f"convolutions, {channels} channels, {examples} x {side} x {side} pixels",
+        name=f"convolutions, {channels} channels, {examples} x {side} x {side} pixels{_in(dtype)}",
         build=lambda: (
-            Images(channels).to(device),
-            torch.randn(examples, 3, side, side, device=device),
+            Images(channels).to(device, dtype),
+            torch.randn(examples, 3, side, side, device=device).to(dtype),
         ),
     )
+
+
+def _in(dtype: torch.dtype) -> str:
+    return "" if dtype == torch.float32 else f", {_named(dtype)}"
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

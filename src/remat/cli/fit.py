@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from remat.cli.options import (
+    AllocConfOption,
     BatchOption,
+    DeviceFileOption,
     HfConfigOption,
     JsonOption,
     OptionalWorkloadArgument,
     PricesOption,
     device_names,
+    device_with,
+    under_settings,
 )
 
 if TYPE_CHECKING:
@@ -41,14 +45,8 @@ def command(
             help="Devices of the table, with commas between; every GPU in it, unless given.",
         ),
     ] = None,
-    device_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="A table of devices of your own, over the one that comes with remat.",
-        ),
-    ] = None,
+    device_file: DeviceFileOption = None,
+    alloc_conf: AllocConfOption = None,
     prices: PricesOption = None,
     hf_config: HfConfigOption = None,
     batch: BatchOption = None,
@@ -111,7 +109,7 @@ def command(
 
     from remat.sizing.prices import load_prices
 
-    rows = _devices(devices, device_file)
+    rows = _devices(devices, device_file, alloc_conf)
     table = load_prices(prices)
     if page is not None and page.is_dir():
         raise typer.BadParameter(f"--page {str(page)!r} is a directory, expected a file.")
@@ -197,10 +195,11 @@ def _rebuilt_for_images(
     return lambda side: load_architecture(hf_config, str(batch), image_size=side).model
 
 
-def _devices(names: str | None, file: Path | None) -> list[Device]:
+def _devices(names: str | None, file: Path | None, alloc_conf: str | None) -> list[Device]:
     """Find the devices by name before anything is loaded; without names, every GPU."""
-    from remat.cost.devices import find_device, load_devices
+    from remat.cost.devices import load_devices
 
-    if names is None:
-        return [device for device in load_devices(file).values() if device.kind != "cpu"]
-    return [find_device(name, file) for name in device_names(names)]
+    if names is not None:
+        return [device_with(name, file, alloc_conf) for name in device_names(names)]
+    found = load_devices(file).values()
+    return [under_settings(device, alloc_conf) for device in found if device.kind != "cpu"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from remat.cost.devices import Device
 
 
 def _python_files(incomplete: str) -> list[str]:
@@ -32,6 +35,26 @@ RunFolderOption = Annotated[
         metavar="DIR",
         show_default=False,
         help="Folder of this run; a new one in the store of runs, unless given.",
+    ),
+]
+DeviceFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--device-file",
+        metavar="FILE",
+        show_default=False,
+        help="A table of devices of your own, over the one that comes with remat.",
+    ),
+]
+AllocConfOption = Annotated[
+    str | None,
+    typer.Option(
+        "--alloc-conf",
+        metavar="SETTINGS",
+        show_default=False,
+        help="Settings of CUDA's caching allocator as in PYTORCH_ALLOC_CONF, NAME:VALUE with "
+        "commas between: expandable_segments, max_split_size_mb, roundup_power2_divisions, "
+        "per_process_memory_fraction, garbage_collection_threshold. Train with the same.",
     ),
 ]
 PricesOption = Annotated[
@@ -87,6 +110,22 @@ def check_host_budget(budget: str) -> None:
     from remat.units import parse_host_budget
 
     parse_host_budget(budget)
+
+
+def device_with(name: str, file: Path | None, alloc_conf: str | None) -> Device:
+    """Return a row of the device table, or of a file over it, under the allocator's settings."""
+    from remat.cost.devices import find_device
+
+    return under_settings(find_device(name, file), alloc_conf)
+
+
+def under_settings(device: Device, alloc_conf: str | None) -> Device:
+    """Return a device under other settings of its allocator, where it has one that takes them."""
+    import dataclasses
+
+    if alloc_conf is None or device.torch_type != "cuda":
+        return device
+    return dataclasses.replace(device, alloc_conf=alloc_conf)
 
 
 def device_names(text: str) -> tuple[str, ...]:

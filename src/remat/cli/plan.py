@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from remat.cli.options import (
     BUDGET_HELP,
     HOST_BUDGET_HELP,
+    AllocConfOption,
     BatchOption,
+    DeviceFileOption,
     HfConfigOption,
     JsonOption,
     OptionalWorkloadArgument,
     check_budget,
     check_host_budget,
+    device_with,
 )
 
 if TYPE_CHECKING:
     from remat.planner.records import Plan
 
+# Any: a memory snapshot is nested dicts and lists.
+
 NAME = "plan"
 EXAMPLE = "Example: remat plan examples/digits_vit.py --budget 60% -o plan.json"
+_TIMELINES = (".html", ".json", ".pickle")  # forms of --memory-timeline
 _FRONT_POINTS = 6  # of the sketch in the terminal, where nothing else is asked for
 
 
@@ -45,6 +51,8 @@ def command(
             "--budget, all of its memory is the budget.",
         ),
     ] = None,
+    device_file: DeviceFileOption = None,
+    alloc_conf: AllocConfOption = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", show_default=False, help="Write the plan to this file."),
@@ -77,8 +85,9 @@ def command(
             "--memory-timeline",
             metavar="FILE",
             show_default=False,
-            help="Write the planned step's allocations as a PyTorch memory snapshot: FILE.json, or "
-            "FILE.pickle for pytorch.org/memory_viz, which reads nothing else.",
+            help="Write the planned step's allocations: FILE.html as a page of blocks by kind, "
+            "FILE.json as a PyTorch memory snapshot, or FILE.pickle as one for "
+            "pytorch.org/memory_viz, which reads nothing else.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -88,18 +97,19 @@ def command(
     The model is left as it is, and no real activation is allocated. Prints the plan and a sketch of
     the Pareto front: peak memory against what is computed twice.
     """
-    if device is not None:
-        from remat.cost.devices import find_device
-
-        row = find_device(device)
-        if budget is None and not frontier and row.kind != "cpu":
-            budget = str(row.available_bytes)
+    if device is None and (device_file is not None or alloc_conf is not None):
+        raise typer.BadParameter("--device-file and --alloc-conf need --device, whose they are.")
+    row = None if device is None else device_with(device, device_file, alloc_conf)
+    if row is not None and row.torch_type != "cuda" and alloc_conf is not None:
+        raise typer.BadParameter(f"--alloc-conf: {row.name!r} has no caching allocator of CUDA's.")
+    if row is not None and budget is None and not frontier and row.kind != "cpu":
+        budget = str(row.available_bytes)
     if budget is None and (output is not None or memory_timeline is not None or not frontier):
         raise typer.BadParameter("give a --budget, or --frontier N for the Pareto front alone.")
-    if memory_timeline is not None and memory_timeline.suffix not in (".json", ".pickle"):
+    if memory_timeline is not None and memory_timeline.suffix not in _TIMELINES:
         raise typer.BadParameter(
-            f"--memory-timeline {str(memory_timeline)!r}: expected a name that ends in .json or "
-            ".pickle."
+            f"--memory-timeline {str(memory_timeline)!r}: expected a name that ends in "
+            f"{', '.join(_TIMELINES[:-1])} or {_TIMELINES[-1]}."
         )
     if budget is not None:
         check_budget(budget)
@@ -120,7 +130,7 @@ def command(
             fit = Fit(
                 inputs.model,
                 inputs.batch,
-                device=device,
+                device=row,
                 chunks=chunks,
                 host_budget=host_budget,
                 progress=progress.by_share,
@@ -130,9 +140,7 @@ def command(
             points = (0 if as_json else _FRONT_POINTS) if frontier is None else frontier
             front = fit.frontier(points) if points else []
             if plan is not None and memory_timeline is not None:
-                from remat.prove.snapshot import save_snapshot
-
-                save_snapshot(fit.memory_snapshot(plan), memory_timeline)
+                _write_timeline(inputs.name, plan, fit.memory_snapshot(plan), memory_timeline)
                 note(f"memory timeline written to {memory_timeline}")
         if plan is not None and output is not None:
             plan.save(output)
@@ -142,6 +150,18 @@ def command(
         else:
             _print(inputs.name, plan, front)
     return 0
+
+
+def _write_timeline(name: str, plan: Plan, snapshot: dict[str, Any], path: Path) -> None:
+    """Write a memory timeline in the form that its name asks for."""
+    if path.suffix == ".html":
+        from remat.report.memory import write_memory
+
+        write_memory(name, plan, snapshot, path)
+    else:
+        from remat.prove.snapshot import save_snapshot
+
+        save_snapshot(snapshot, path)
 
 
 def _as_json(plan: Plan | None, front: list[Plan], *, with_front: bool) -> str:

@@ -29,7 +29,7 @@ def survey_view(survey: Survey) -> RenderableType:
             name, format_bytes(row.available_bytes), *(_largest(size, row) for size in row.sizes)
         )
         if row.best is not None:
-            times.add_row(name, *_times(row.best))
+            times.add_row(name, *_times(row.best, row.price_mark))
     parts: list[RenderableType] = [
         Text.assemble((survey.workload, "bold"), f" · largest {what} that fits{on}"),
         Text(),
@@ -47,6 +47,8 @@ def survey_view(survey: Survey) -> RenderableType:
             )
         )
     parts += [Padding(Text(f"- {remark}"), (0, 0, 0, 2)) for remark in survey.notes]
+    priced = [_price(row) for row in survey.devices if row.usd_per_hour is not None]
+    parts += [Text(), *priced] if priced else []
     parts.append(Text())
     return Group(*parts)
 
@@ -59,14 +61,20 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _times(best: Size) -> tuple[str, ...]:
+def _times(best: Size, price_mark: str) -> tuple[str, ...]:
     return (
         best.mode.value,
         format_seconds(best.step_seconds),
         format_rate(best.samples_per_second),
         "" if best.epoch_seconds is None else format_seconds(best.epoch_seconds),
-        "" if best.epoch_usd is None else format_usd(best.epoch_usd),
+        "" if best.epoch_usd is None else format_usd(best.epoch_usd) + price_mark,
     )
+
+
+def _price(row: DeviceFit) -> Text:
+    """Say what an hour costs, by whom and when."""
+    said = f"{row.device}: {format_usd(row.usd_per_hour or 0)} an hour, {row.price_source}"
+    return Text(said if row.is_price_verified else f"* {said}; not verified", style="dim")
 
 
 def _largest(size: Size, row: DeviceFit) -> Text:

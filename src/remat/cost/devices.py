@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from remat.cost.allocator_rules import AllocatorOptions, parse_alloc_conf
 from remat.cost.tables import read_table
 from remat.errors import DeviceError
 from remat.units import format_bytes
@@ -42,6 +43,9 @@ class Device:
     context_bytes: what the device's context takes outside torch's allocator.
     workspace_bytes: what cuBLAS takes from torch's allocator for each thread that multiplies.
     compute_capability: of an NVIDIA device, such as "9.0": it decides which kernels run.
+    alloc_conf: settings of the caching allocator, as in `PYTORCH_ALLOC_CONF`, that the step is to
+        run under: max_split_size_mb, expandable_segments, garbage_collection_threshold,
+        roundup_power2_divisions, per_process_memory_fraction.
     memory_source: where these figures come from, with a date.
     bandwidth_bytes_per_s: peak of that memory.
     host_bandwidth_bytes_per_s: peak of copies between that memory and the host's, one direction.
@@ -72,6 +76,7 @@ class Device:
     workspace_bytes: int = 0
     compute_capability: str | None = None
     memory_source: str = ""
+    alloc_conf: str = ""
 
     def __post_init__(self) -> None:
         _check(self, f"device {self.name!r}")
@@ -79,7 +84,18 @@ class Device:
     @property
     def available_bytes(self) -> int:
         """Return what a training process may take in all, its context included."""
+        limit = self.allocator_options.limit_bytes
+        limited = self._usable_bytes if limit is None else limit + self.context_bytes
+        return min(self._usable_bytes, limited)
+
+    @property
+    def _usable_bytes(self) -> int:
         return self.usable_bytes or int(self.memory_bytes * _USABLE_SHARE)
+
+    @property
+    def allocator_options(self) -> AllocatorOptions:
+        """Return the settings of the caching allocator."""
+        return parse_alloc_conf(self.alloc_conf, self._usable_bytes)
 
     @property
     def torch_type(self) -> str:
@@ -222,7 +238,7 @@ def _device(name: str, row: dict[str, Any], file: str) -> Device:
 
 def _check(device: Device, where: str) -> None:
     """Refuse figures that no device has."""
-    for label in ("name", "kind", "source", "memory_source"):
+    for label in ("name", "kind", "source", "memory_source", "alloc_conf"):
         value = getattr(device, label)
         if not isinstance(value, str) or (not value and label in ("name", "kind")):
             raise DeviceError(f"{where}: {label} must be text, got {value!r}.")
@@ -235,6 +251,7 @@ def _check(device: Device, where: str) -> None:
             f"{_MOST_MEMORY} ({format_bytes(_MOST_MEMORY)})."
         )
     _check_shares(device, where)
+    _check_alloc_conf(device, where)
     for label in ("bandwidth_bytes_per_s", "host_bandwidth_bytes_per_s"):
         _check_rate(getattr(device, label), _MOST_BANDWIDTH, f"{where}: {label}")
     if not isinstance(device.flops, Mapping) or "float32" not in device.flops:
@@ -274,6 +291,14 @@ def _check_shares(device: Device, where: str) -> None:
         raise DeviceError(
             f"{where}: compute_capability is {capability!r}, expected text such as '9.0'."
         )
+
+
+def _check_alloc_conf(device: Device, where: str) -> None:
+    """Refuse settings that PyTorch would, or that are not modelled."""
+    try:
+        device.allocator_options  # noqa: B018  read for its errors
+    except DeviceError as error:
+        raise DeviceError(f"{where}: alloc_conf: {error}") from error
 
 
 def _check_rate(value: Any, most: float, where: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from remat.cost.calibration import (
@@ -48,6 +50,6 @@ def threads_of(device: Device) -> int | None:
 
 def _is_of_the_table(device: Device) -> bool:
     try:
-        return find_device(device.name) == device
+        return find_device(device.name) == dataclasses.replace(device, alloc_conf="")
     except DeviceError:
         return False

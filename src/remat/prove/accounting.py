@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from remat.cost.allocator_rules import AllocatorOptions
 from remat.cost.devices import Device
-from remat.prove.allocator_rules import AllocatorOptions
+from remat.prove.caching import CachingAllocator
 from remat.prove.records import Simulation
-from remat.prove.reserved import AllocatorPeaks, replay_step
+from remat.prove.reserved import AllocatorPeaks, Event, replay
 from remat.prove.simulate import summarize
 from remat.trace.records import OpSignature, StepTrace
 from remat.trace.target import Target
@@ -46,7 +48,11 @@ class Accounting:
     device_type: str
     is_workspace_known: bool
     has_convolutions: bool
-    options: AllocatorOptions = field(default_factory=AllocatorOptions)
+
+    @property
+    def options(self) -> AllocatorOptions:
+        """Return the settings that the allocator is replayed under."""
+        return self.device.allocator_options
 
     @property
     def counts_reserved(self) -> bool:
@@ -80,11 +86,25 @@ class Accounting:
             }
         )
 
-    def peaks(self, trace: StepTrace, workspace: Mapping[OpSignature, int]) -> AllocatorPeaks:
-        """Replay the step through the device's allocator."""
-        return replay_step(
-            trace, self.options, workspace=workspace, library_bytes=self.library_bytes
-        )
+    def peaks(
+        self,
+        trace: StepTrace,
+        workspace: Mapping[OpSignature, int] | None = None,
+        events: Sequence[Event] | None = None,
+    ) -> AllocatorPeaks:
+        """Replay the step through the device's allocator; `events` are the trace's unless given.
+
+        A step that its limit refuses is replayed without one: then it says how much is missing.
+        """
+
+        def under(options: AllocatorOptions) -> AllocatorPeaks:
+            return replay(
+                trace, CachingAllocator(options), workspace=workspace, events=events,
+                library_bytes=self.library_bytes,
+            )  # fmt: skip
+
+        found = under(self.options)
+        return found if found.fits else under(dataclasses.replace(self.options, limit_bytes=None))
 
     def needed_bytes(self, simulation: Simulation) -> int:
         """Return the least budget that a simulated plan fits, context and margin included."""
@@ -122,10 +142,17 @@ class Accounting:
             return SMALL_WORKSPACE_MARGIN
         return UNKNOWN_WORKSPACE_MARGIN
 
-    def note(self) -> str | None:
-        """Say what the margin is kept for, or nothing where there is none."""
-        if self.is_workspace_known:
-            return None
+    def notes(self) -> tuple[str, ...]:
+        """Say what the margin is kept for, and which settings of the allocator are counted on."""
+        notes = [] if self.is_workspace_known else [self._margin_note()]
+        if self.counts_reserved and self.device.alloc_conf:
+            notes.append(
+                "Reserved memory is that of the allocator under "
+                f"PYTORCH_ALLOC_CONF={self.device.alloc_conf}: train with the same."
+            )
+        return tuple(notes)
+
+    def _margin_note(self) -> str:
         return (
             "Kernels' own workspace could not be measured on this device: "
             f"{self._margin_share:.0%} of the peak is kept free for it."

@@ -9,7 +9,7 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from remat.prove.allocator_rules import (
+from remat.cost.allocator_rules import (
     LARGE_SEGMENT,
     SMALL_SEGMENT,
     SMALL_SIZE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from remat.prove.allocator_rules import AllocatorOptions
+from remat.cost.allocator_rules import AllocatorOptions
 from remat.prove.caching import Block, CachingAllocator, OutOfReservedMemoryError
 from remat.trace.records import (
     BACKWARD,

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from remat.cost.allocator_rules import AllocatorOptions
 from remat.errors import WorkloadError
 from remat.files import write_atomically, write_bytes_atomically
-from remat.prove.allocator_rules import AllocatorOptions
 from remat.prove.caching import Block, CachingAllocator
 from remat.prove.reserved import NUM_STEPS, Event, replay
 from remat.trace.records import TEMPORARIES, OpSignature, StepTrace
@@ -37,7 +37,8 @@ def memory_snapshot(
 ) -> dict[str, Any]:
     """Replay steps and return them as a PyTorch memory snapshot of one device.
 
-    Each block carries the op that made it, its module and its kind; time is the trace's tick.
+    Each block carries the op that made it, its module and its kind; time is the trace's tick, and
+    annotations say when phases begin.
     """
     options = options or AllocatorOptions()
     events: list[dict[str, Any]] = []
@@ -69,6 +70,7 @@ def memory_snapshot(
     return {
         "segments": [segment for segment in segments if segment["total_size"]],
         "device_traces": [events],
+        "external_annotations": _phases(trace, num_steps),
         "allocator_settings": {
             "PYTORCH_ALLOC_CONF": "",
             "max_split_size": -1
@@ -114,6 +116,15 @@ class _Clock:
     @property
     def now(self) -> int:
         return self._before + self._last
+
+
+def _phases(trace: StepTrace, num_steps: int) -> list[dict[str, Any]]:
+    """Say when each phase of each step begins, as PyTorch notes what a profiler was told."""
+    return [
+        {"name": phase, "stage": "START", "device": 0, "time_us": step * trace.num_ticks + tick}
+        for step in range(num_steps)
+        for phase, tick in trace.phase_start.items()
+    ]
 
 
 def _makers(trace: StepTrace) -> dict[int, list[dict[str, Any]]]:

@@ -21,7 +21,7 @@ from remat.report import palette
 from remat.report.drawing import Row, fixed_scale, inline_data, literal, require_pictures, svg_text
 from remat.report.pages import page_environment
 
-_SIZE = 380
+_SIZE = 420
 _ROLE_OF_SOURCE = {"roofline": "policy-1", "calibrated": "plan-1", "measured": "plan-2"}
 _SHAPE_OF_SOURCE = {"roofline": "square", "calibrated": "circle", "measured": "diamond"}
 _QUANTITIES = (
@@ -74,7 +74,11 @@ def render_calibration(calibration: Calibration | None, experience: Experience) 
             for quantity, title in _QUANTITIES
             if any(trial.quantity == quantity for trial in trials)
         ],
-        roles=_ROLE_OF_SOURCE,
+        marks=[
+            (source, role, _SHAPE_OF_SOURCE[source])
+            for source, role in _ROLE_OF_SOURCE.items()
+            if any(trial.source == source for trial in trials)
+        ],
         light=palette.css_variables(palette.LIGHT),
         dark=palette.css_variables(palette.DARK),
     )

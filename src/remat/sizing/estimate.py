@@ -6,8 +6,7 @@ from collections.abc import Collection
 
 from remat.planner.timeline import Timeline
 from remat.program import Program
-from remat.prove.caching import CachingAllocator
-from remat.prove.reserved import Event, event_order, replay
+from remat.prove.reserved import Event, event_order
 from remat.trace.records import BASE_KINDS
 
 
@@ -21,12 +20,8 @@ def needed_bytes(program: Program, chosen: Collection[int]) -> int:
     peak = program.timeline.curve(chosen).peak_bytes
     if not accounting.counts_reserved:
         return accounting.needed_for(peak)
-    peaks = replay(
-        program.trace,
-        CachingAllocator(accounting.options),
-        events=timeline_events(program.timeline, frozenset(chosen)),
-        library_bytes=accounting.library_bytes,
-    )
+    events = timeline_events(program.timeline, frozenset(chosen))
+    peaks = accounting.peaks(program.trace, events=events)
     return accounting.needed_for(peaks.reserved_bytes)
 
 

@@ -53,6 +53,11 @@ class DeviceFit(Record):
         fitting = [size for size in self.sizes if size.largest > 0]
         return max(fitting, key=lambda size: size.samples_per_second, default=None)
 
+    @property
+    def price_mark(self) -> str:
+        """Return what stands behind each amount of money whose price nobody verified."""
+        return "" if self.is_price_verified else " *"
+
 
 class Survey(Record):
     """What fits where for one workload: `remat fit`."""

@@ -88,6 +88,13 @@ class ScaledTraces:
                 f"{self.small_size}, so larger batches cannot be told from smaller ones."
             )
 
+        sizes = [[storage.size_bytes for storage in trace.storages] for trace in (first, second)]
+        if sizes[0] == sizes[1]:
+            raise WorkloadError(
+                f"the step takes the same memory at size {self.large_size} as at size "
+                f"{self.small_size}: make_batch must return as many examples as it is asked for."
+            )
+
     def at(self, size: int) -> StepTrace:
         """Return the trace of a step with `size` examples. Call only for sizes of 1 or more."""
         share = (size - self.small_size) / (self.large_size - self.small_size)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-LARGEST = 2**20
+# Each example takes a byte or more, and no device of the table has as many.
+LARGEST = 2**44
 _MOST_GROWTH = 64
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from remat.errors import WorkloadError
 from remat.sizing.scaling import num_examples, with_examples
-from remat.sizing.search import LARGEST
 from remat.sizing.survey import Subject
 from remat.trace.standin import map_tensors
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike
@@ -90,11 +89,14 @@ def sequence_subject(
         return map_tensors(batch, resized)
 
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    positions: dict[str, Any] = {}
+    if isinstance(longest, int) and longest > 0:
+        positions = {"most": longest, "most_of": "the model has no more positions"}
     return Subject(
         name=name, model=model, make_batch=with_tokens, asked=length, dimension="sequence",
         examples=lambda _tokens: number, small=max(4, length // 4), large=max(8, length // 2),
-        most=longest if isinstance(longest, int) and longest > 0 else LARGEST,
         with_layers=with_layers, layers=layers, loss=loss, optimizer=optimizer, shards=shards,
+        **positions,
     )  # fmt: skip
 
 
@@ -167,6 +169,7 @@ def depth_subject(
     return Subject(
         name=name, model=make_model(asked), make_batch=lambda _depth: batch, asked=asked,
         dimension="depth", examples=lambda _depth: number, most=_MOST_TIMES_DEEPER * asked,
+        most_of=f"the search ends at {_MOST_TIMES_DEEPER} times the layers of the configuration",
         is_affine=False, make_model=make_model, with_layers=make_model, loss=loss,
         optimizer=optimizer, shards=shards,
     )  # fmt: skip

@@ -53,6 +53,7 @@ class Subject:
         is false: then every size that is looked at is traced.
     unit: sizes are multiples of it.
     most: the largest size that makes sense.
+    most_of: what sets it, for people.
     make_model: from a size to a model, where the model depends on it.
     with_layers: from a number of layers to such a model, where traces of many layers may follow
         from those of few.
@@ -69,6 +70,7 @@ class Subject:
     large: int = _LARGE
     unit: int = 1
     most: int = LARGEST
+    most_of: str = "the search ends there"
     is_affine: bool = True
     make_model: Callable[[int], nn.Module] | None = None
     with_layers: Callable[[int], nn.Module] | None = None
@@ -148,6 +150,9 @@ def survey(
     report("done", 1.0)
     if not any(size.largest for row in rows for size in row.sizes):
         _refuse(subject, max(devices, key=lambda device: device.available_bytes))
+    top = max(size.largest for row in rows for size in row.sizes)
+    if top + subject.unit > subject.most:
+        notes.append(f"No {subject.dimension} above {top:,} was tried: {subject.most_of}.")
     if subject.shards > 1:
         notes.append("Communication between shards takes no time here.")
     return Survey(

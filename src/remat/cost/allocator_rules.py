@@ -20,8 +20,9 @@ From `c10/cuda/CUDACachingAllocator.cpp` of PyTorch (read at commit 001074d2, 20
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from remat.errors import DeviceError
 from remat.units import MIB
@@ -76,6 +77,53 @@ class AllocatorOptions:
             )
         if self.limit_bytes is not None and self.limit_bytes <= 0:
             raise DeviceError(f"limit_bytes is {self.limit_bytes}, expected a positive number.")
+
+
+def parse_alloc_conf(text: str, device_bytes: int) -> AllocatorOptions:
+    """Read settings as `PYTORCH_ALLOC_CONF` has them, for a device of so much memory.
+
+    Raises
+    ------
+    DeviceError: for a setting that is not known or whose value cannot be; says which are.
+
+    Example
+    -------
+    >>> found = parse_alloc_conf("expandable_segments:True,max_split_size_mb:64", 2**34)
+    >>> found.expandable_segments, found.max_split_size_bytes
+    (True, 67108864)
+    """
+    found: dict[str, Any] = {}  # Any: a field's own type
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = (part.strip() for part in entry.partition(":"))
+        if key not in _SETTINGS:
+            raise DeviceError(
+                f"allocator setting {entry!r} is not modelled: expected NAME:VALUE with commas "
+                f"between, of {', '.join(_SETTINGS)}."
+            )
+        field, read, expected = _SETTINGS[key]
+        try:
+            found[field] = read(value)
+        except (ValueError, KeyError) as error:
+            raise DeviceError(f"allocator setting {entry!r}: expected {expected}.") from error
+    fraction = found.pop("fraction", None)
+    if fraction is not None:
+        if not 0 < fraction <= 1:
+            raise DeviceError(
+                f"per_process_memory_fraction is {fraction}, expected a share above 0, at most 1."
+            )
+        found["limit_bytes"] = int(fraction * device_bytes)
+    return AllocatorOptions(**found)
+
+
+_SETTINGS: Final[dict[str, tuple[str, Callable[[str], Any], str]]] = {
+    "max_split_size_mb": ("max_split_size_bytes", lambda v: int(v) * MIB, "a whole number of MiB"),
+    "expandable_segments": (
+        "expandable_segments", {"True": True, "False": False}.__getitem__, "True or False",
+    ),
+    "garbage_collection_threshold": ("garbage_collection_threshold", float, "a share below 1"),
+    "roundup_power2_divisions": ("roundup_power2_divisions", int, "a power of two"),
+    "per_process_memory_fraction": ("fraction", float, "a share above 0, at most 1"),
+}  # fmt: skip
 
 
 def round_size(size: int, divisions: int = 0) -> int:

@@ -116,7 +116,10 @@ def _try(model: nn.Module, module: nn.Module, wide: TokenWise, slices: int) -> _
                 return _Trial.ROUNDED
             results = module.forward(x), joined_rows([module.forward(p) for p in parts], x)
             one, other = (
-                [result, *gradients(result, [x, *trained], torch.Generator().manual_seed(1))]
+                [
+                    result.detach(),
+                    *gradients(result, [x, *trained], torch.Generator().manual_seed(1)),
+                ]
                 for result in results
             )
         except Exception as error:  # noqa: BLE001  whatever a module makes of being called alone

@@ -445,3 +445,5 @@ def test_cli_fit_says_what_is_missing(run_cli, write_workload, tmp_path):
     assert "are missing" in facts["message"]
     assert "offloading" in facts["message"]
     assert facts["minimum_bytes"] > facts["budget_bytes"] == 600_000_000
+    assert facts["blame"]["context"] == 599_000_000
+    assert sum(facts["blame"].values()) == facts["minimum_bytes"]

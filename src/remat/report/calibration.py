@@ -114,8 +114,10 @@ def scatter(quantity: str, title: str, trials: Sequence[Trial], experience: Expe
     domain = (min(values) / 1.3, max(values) * 1.3)
     scale = fixed_scale(domain)
     scale.type = "log"
-    x = alt.X("predicted:Q", title=f"{title}, predicted", scale=scale)
-    y = alt.Y("measured:Q", title="measured", scale=scale)
+    # Whole bytes are too long for the names of an axis: 10G stands for 10,000,000,000.
+    axis = alt.Axis(format="~s") if quantity == PEAK_BYTES else alt.Axis()
+    x = alt.X("predicted:Q", title=f"{title}, predicted", scale=scale, axis=axis)
+    y = alt.Y("measured:Q", title="measured", scale=scale, axis=axis)
     line = (
         alt.Chart(inline_data([{"predicted": v, "measured": v} for v in domain]))
         .mark_line(color="currentColor", opacity=0.5, strokeDash=[5, 4])

@@ -13,7 +13,7 @@ from remat.cost.devices import Device
 from remat.errors import BudgetError, CaptureError, WorkloadError
 from remat.fit import Progress
 from remat.program import Program, Step
-from remat.prove.accounting import target_of
+from remat.prove.accounting import CONTEXT, target_of
 from remat.regions.fingerprint import device_type_of
 from remat.sizing.deepening import SHALLOW, deepen
 from remat.sizing.estimate import needed_bytes
@@ -364,6 +364,8 @@ def _refuse(subject: Subject, device: Device) -> None:
     state = sum(s.size_bytes for s in program.trace.storages if s.kind == "optimizer")
     gradients = sum(s.size_bytes for s in program.trace.storages if s.kind == "gradients")
     blame |= {"optimizer": state, "gradients": gradients}
+    if program.accounting.outside_bytes:
+        blame[CONTEXT] = program.accounting.outside_bytes
     blame["the step itself"] = max(0, needed - sum(blame.values()))
     error = BudgetError(device.available_bytes, needed, blame)
     activations = blame["the step itself"]
@@ -377,8 +379,8 @@ def _refuse(subject: Subject, device: Device) -> None:
         )
     else:
         sentence += (
-            f"; offloading cannot help alone, as the state of training is larger than the device: "
-            f"only {format_bytes(activations)} are activations and temporaries"
+            f"; offloading to host memory cannot help alone: only {format_bytes(activations)} are "
+            "activations and temporaries"
         )
     error.args = (f"{sentence}.",)
     raise error

@@ -140,9 +140,11 @@ def _storage_of(tensor: Tensor | None) -> int | None:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    # uint8 is what kernels take for workspace, parts of which they leave unset.
+    # While a step is simulated, real tensors stand for nothing. uint8 is what kernels take for
+    # workspace, parts of which they leave unset.
     return (
-        type(tensor) in (Tensor, nn.Parameter)
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+        and type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout == torch.strided
         and tensor.device.type != "meta"
         and tensor.numel() > 0

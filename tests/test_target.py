@@ -350,7 +350,7 @@ def test_cli_plans_for_a_device_and_writes_its_timeline(run_cli, write_workload,
     done = run_cli(*line[:-1], page)
     assert done.code == 0, done.err
     text = page.read_text()
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 4  # two pictures, each for desktop and phone
     assert "Blocks by kind over time" in text
     assert "<script" not in text
     done = run_cli("plan", write_workload(), "--device", "l4", "--memory-timeline", "step.txt")

@@ -26,7 +26,8 @@ from remat.units import GIB, MIB, format_bytes
 
 # Any: a snapshot is nested dicts and lists, of PyTorch's own form.
 
-_WIDTH = 940
+_WIDTHS = {"wide": 940, "narrow": 340}  # of pictures, on a desktop and on a phone
+_LETTER_WIDTH = 6.2
 _MOST_MOMENTS = 400
 _MOST_BLOCKS = 24
 _SEGMENTS = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
@@ -150,8 +151,11 @@ def render_memory(name: str, plan: Plan, snapshot: Mapping[str, Any]) -> str:
             story=story,
             kinds=kinds,
             counts_reserved=counts_reserved,
-            over_time=_over_time(story, counts_reserved=counts_reserved),
-            lives=_lives(story, largest),
+            over_time={
+                label: _over_time(story, width, counts_reserved=counts_reserved)
+                for label, width in _WIDTHS.items()
+            },
+            lives={label: _lives(story, largest, width) for label, width in _WIDTHS.items()},
             largest=largest,
             light=palette.css_variables(palette.LIGHT),
             dark=palette.css_variables(palette.DARK),
@@ -159,7 +163,7 @@ def render_memory(name: str, plan: Plan, snapshot: Mapping[str, Any]) -> str:
     )
 
 
-def _over_time(story: MemoryStory, *, counts_reserved: bool) -> str:
+def _over_time(story: MemoryStory, picture_width: int, *, counts_reserved: bool) -> str:
     """Draw bytes by kind as areas, and what is reserved as a line above them."""
     import altair as alt
 
@@ -182,7 +186,8 @@ def _over_time(story: MemoryStory, *, counts_reserved: bool) -> str:
         .mark_area(interpolate="step-after", line=False)
         .encode(x=x, y=y, color=literal(alt.Color, "colour"), order="order:Q", detail="order:N")
     )
-    layers = [area, *_phase_marks(story)]
+    width = picture_width - 90
+    layers = [area, *_phase_marks(story, width)]
     if counts_reserved:
         reserved = [{"tick": tick, "size": held / unit} for tick, _, held in shown]
         layers.append(
@@ -190,11 +195,11 @@ def _over_time(story: MemoryStory, *, counts_reserved: bool) -> str:
             .mark_line(interpolate="step-after", color="currentColor", strokeWidth=1.6)
             .encode(x=x, y=alt.Y("size:Q", title=label))
         )
-    width = _WIDTH - 90
-    return svg_text(alt.layer(*layers).properties(width=width, height=300), "memory", _WIDTH)
+    chart = alt.layer(*layers).properties(width=width, height=300)
+    return svg_text(chart, "memory", picture_width)
 
 
-def _lives(story: MemoryStory, largest: list[BlockLife]) -> str:
+def _lives(story: MemoryStory, largest: list[BlockLife], picture_width: int) -> str:
     """Draw when each of the largest blocks is there, and the peak as a line."""
     import altair as alt
 
@@ -223,8 +228,9 @@ def _lives(story: MemoryStory, largest: list[BlockLife]) -> str:
         .mark_rule(color=palette.css_colour("budget"), strokeWidth=1.8, strokeDash=[6, 3])
         .encode(x=x)
     )
-    chart = alt.layer(bars, peak).properties(width=_WIDTH - 150, height=18 * len(rows))
-    return svg_text(chart, "blocks", _WIDTH)
+    width = picture_width - 130
+    chart = alt.layer(bars, peak).properties(width=width, height=18 * len(rows))
+    return svg_text(chart, "blocks", picture_width)
 
 
 def _highest(story: MemoryStory) -> Iterator[tuple[int, Mapping[str, int], int]]:
@@ -241,11 +247,19 @@ def _time_axis(story: MemoryStory) -> Any:
     return alt.X("tick:Q", title=None, axis=None, scale=scale)
 
 
-def _phase_marks(story: MemoryStory) -> list[Chart]:
-    """Name each phase where it begins, on one line above the picture."""
+def _phase_marks(story: MemoryStory, width: int) -> list[Chart]:
+    """Name each phase where it begins, if its name has room, on one line above the picture."""
     import altair as alt
 
-    rows = [{"tick": tick, "phase": phase} for phase, tick in story.phases]
+    last = story.moments[-1][0] or 1
+    ends = [tick for _, tick in story.phases[1:]] + [last]
+    rows = [
+        {
+            "tick": tick,
+            "phase": phase if (end - tick) / last * width > _LETTER_WIDTH * len(phase) else "",
+        }
+        for (phase, tick), end in zip(story.phases, ends, strict=True)
+    ]
     base = alt.Chart(inline_data(rows)).encode(x=_time_axis(story))
     return [
         base.mark_rule(color="currentColor", opacity=0.35, strokeDash=[1, 3]),

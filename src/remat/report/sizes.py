@@ -11,7 +11,8 @@ from remat.report.drawing import inline_data, literal, require_pictures, svg_tex
 from remat.report.pages import page_environment
 from remat.sizing.records import Mode, Survey
 
-_WIDTH = 900
+_WIDTHS = {"wide": 900, "narrow": 340}  # of the picture, on a desktop and on a phone
+_BESIDE = 160  # for names of devices, and figures at the ends of bars
 _TITLES = {
     "batch": "number of examples per step",
     "sequence": "number of tokens per sequence",
@@ -51,7 +52,10 @@ def render_survey(survey: Survey) -> str:
         .render(
             survey=survey,
             roles=[(mode.value, role) for mode, role in _ROLES.items()],
-            picture=Markup(sizes_picture(survey)),  # noqa: S704  our own, escaped by vega
+            pictures={
+                name: Markup(sizes_picture(survey, width))  # noqa: S704  our own, escaped by vega
+                for name, width in _WIDTHS.items()
+            },
             told=told,
             light=palette.css_variables(palette.LIGHT),
             dark=palette.css_variables(palette.DARK),
@@ -59,7 +63,7 @@ def render_survey(survey: Survey) -> str:
     )
 
 
-def sizes_picture(survey: Survey) -> str:
+def sizes_picture(survey: Survey, picture_width: int) -> str:
     """Draw the largest size of each device and mode as bars."""
     import altair as alt
 
@@ -78,11 +82,13 @@ def sizes_picture(survey: Survey) -> str:
     title = _TITLES[survey.dimension]
     y = alt.Y("device:N", sort=order, title=None)
     offset = alt.YOffset("mode:N", sort=modes)
-    x = alt.X("largest:Q", title=f"largest {title}")
+    axis = alt.Axis(format="~s", labelOverlap=True)
+    x = alt.X("largest:Q", title=f"largest {title}", axis=axis)
     base = alt.Chart(inline_data(rows)).encode(y=y, yOffset=offset, x=x)
     bars = base.mark_bar().encode(color=literal(alt.Color, "colour"))
     texts = base.mark_text(align="left", dx=4, fontSize=10, color="currentColor").encode(
         text=alt.Text("largest:Q", format=",")
     )
     height = max(60, 46 * len(order))
-    return svg_text((bars + texts).properties(width=_WIDTH - 160, height=height), "sizes", _WIDTH)
+    chart = (bars + texts).properties(width=picture_width - _BESIDE, height=height)
+    return svg_text(chart, "sizes", picture_width)

@@ -260,9 +260,7 @@ def test_batches_are_resized_by_their_first_dimension():
 def test_largest_batch_is_planned_and_confirmed():
     """The plan is for that batch, keeps the budget on the machine, and a real step agrees."""
     network = model(3)
-    found = remat.largest_batch(
-        network, lambda n: torch.randn(n, 128, 64), "24MiB", loss=loss, confirm=True
-    )
+    found = remat.largest_batch(network, lambda n: torch.randn(n, 128, 64), "24MiB", loss=loss)
     assert found.batch_size > 2
     assert found.plan.budget_bytes == 24 * MIB
     assert found.plan.fingerprint.batch[0].shape[0] == found.batch_size
@@ -274,6 +272,8 @@ def test_largest_batch_is_planned_and_confirmed():
         twice.plan("24MiB")
     with pytest.raises(remat.BudgetError):
         remat.largest_batch(network, batch, "1MiB", loss=loss)
+    elsewhere = remat.largest_batch(network, batch, "2GiB", loss=loss, device="T4")
+    assert elsewhere.measurement is None
 
 
 def test_sequences_grow_up_to_the_models_positions():

@@ -96,16 +96,21 @@ def check_real(model: nn.Module, batch: Any) -> torch.device:
     ------
     WorkloadError: for meta and fake tensors.
     """
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    tensors = step_tensors(model, batch, None)
-    if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors):
+    if not has_values(model, batch):
         raise WorkloadError(
             "the model or batch has no values (meta or fake tensors), so no real step can run: "
             "plan and simulate accept it, measure and verify need real tensors."
         )
     devices = {t.device for t in model.parameters()}
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def has_values(model: nn.Module, batch: Any) -> bool:
+    """Whether model and batch hold numbers, so that a real step can run."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    tensors = step_tensors(model, batch, None)
+    return not any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors)
 
 
 @contextlib.contextmanager

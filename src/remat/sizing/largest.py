@@ -12,7 +12,7 @@ from remat.errors import BudgetError
 from remat.files import Record
 from remat.fit import Fit
 from remat.planner.records import Plan
-from remat.prove.measure import measure
+from remat.prove.measure import has_values, measure
 from remat.prove.records import Measurement
 from remat.regions.apply import apply
 from remat.regions.fingerprint import device_type_of
@@ -40,7 +40,7 @@ def largest_batch(
     loss: Loss | None = None,
     optimizer: OptimizerLike = DEFAULT_OPTIMIZER,
     device: Device | str | None = None,
-    confirm: bool = False,
+    confirm: bool | None = None,
 ) -> LargestBatch:
     """Find the largest batch whose training step a plan keeps within a budget, and that plan.
 
@@ -53,7 +53,8 @@ def largest_batch(
     make_batch: from a number of examples to a batch, real or on meta.
     budget: total peak of one training step, as bytes or `"8GiB"`; see `remat.plan`.
     device: as for `remat.plan`.
-    confirm: run one real step of the plan as well, where the model is, and return its record.
+    confirm: run a real step under the plan as well, where the model is, and return its record; by
+        default where model and batch have values and it was planned for the device they are on.
 
     Raises
     ------
@@ -91,10 +92,10 @@ def largest_batch(
             if size == 1:
                 raise
             size -= max(1, size // 50)
-    measurement = None
+    measurement, batch = None, make_batch(size)
+    if confirm is None:
+        confirm = row.torch_type == device_type_of(model) and has_values(model, batch)
     if confirm:
         with apply(model, plan):
-            measurement = measure(
-                model, make_batch(size), loss=loss, optimizer=optimizer, steps=1
-            )  # fmt: skip
+            measurement = measure(model, batch, loss=loss, optimizer=optimizer, steps=1)
     return LargestBatch(batch_size=size, plan=plan, measurement=measurement)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from remat.planner.heads import rounding_tolerance
 from remat.planner.records import Rewrite, RewriteKind
@@ -132,7 +132,7 @@ def _is_row_wise(
                 for given, named in cut_arguments(example, places, _EXAMPLES) or ()
             ]
             results = together, joined(apart)
-            if not _close(*results):
+            if not _close(*tree_map_only(Tensor, Tensor.detach, results)):
                 return False
             one, other = (
                 gradients(result, wanted, torch.Generator().manual_seed(1)) for result in results

@@ -236,6 +236,8 @@ CASES: tuple[Case, ...] = (
     Case(row=12, title="spectral norm", thread="(local)", build=lambda: Net(parts.Spectral)),
     Case(row=13, title="routing that follows the load", thread="torchtitan#3146",
          build=lambda: Net(parts.Routed)),
+    Case(row=13, title="routing that another rounding turns", thread="torchtitan#3146",
+         build=lambda: Net(parts.CloseScores), is_compiled=False),
     Case(row=16, title="no input requires a gradient", thread="pytorch#7617",
          build=lambda: Net(Block, stem=False)),
     Case(row=17, title="frozen embeddings", thread="peft#137", build=frozen_stem),

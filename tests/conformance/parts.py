@@ -146,6 +146,27 @@ class Routed(nn.Module):
         return x + (outputs * gate.unsqueeze(-2)).sum(-1)
 
 
+class CloseScores(nn.Module):
+    """Two experts with scores that agree but for rounding, which is another one in backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 2)
+        nn.init.zeros_(self.router.weight)
+        nn.init.ones_(self.router.bias)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.register_buffer("rounding", torch.tensor([2e-7, 0.0]), persistent=False)
+
+    def forward(self, x):
+        scores = self.router(x)
+        is_backward = torch._C._current_graph_task_id() != -1
+        rounded = scores + (self.rounding.flip(0) if is_backward else self.rounding)
+        chosen = torch.nn.functional.one_hot(rounded.argmax(-1), 2).to(x.dtype)
+        gate = scores.softmax(-1) * chosen
+        outputs = torch.stack([torch.tanh(e(x)) for e in self.experts], -1)
+        return x + (outputs * gate.unsqueeze(-2)).sum(-1)
+
+
 class LowRank(nn.Module):
     """A frozen layer with a trained low-rank part, as LoRA has it."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from remat.planner.records import Hazard, Region, SavedOp
 from remat.planner.spans import Facts, Span
-from remat.trace.records import BASE_KINDS, FORWARD
+from remat.trace.records import BASE_KINDS, FORWARD, Op
 
 # Bytes of generator state that checkpointing keeps for each region that draws (CPU: Mersenne
 # twister, `torch.get_rng_state().numel()`); fake tensors do not show them.
@@ -190,6 +190,9 @@ class OptionBuilder:
             overhead += self.cost.bookkeeping.region * (1 + (part.parent >= 0))
             num_handles = part.stop_handle - part.first_handle
             overhead += self.cost.bookkeeping.saved_tensor * num_handles
+            if part.region.keeps_choices:  # both of its runs are watched
+                num_ops = self.facts.ops(part.span)[1] + part.stop_op - 2 * part.first_op
+                overhead += self.cost.bookkeeping.watched_op * num_ops
         return Option(
             call=span.calls[0],
             module=root.region.module,
@@ -274,6 +277,7 @@ class OptionBuilder:
             ),
             draws_python_random=any(call.draws_python_random for call in calls),
             mutated_buffers=tuple(names),
+            keeps_choices=any(self.trace.chooses(op) for op in ops),
         )
 
     def _passed(self, span: Span) -> tuple[int, int]:
@@ -325,6 +329,15 @@ class OptionBuilder:
             size = self._snapshot_bytes(part)
             if size:
                 yield self.facts.ticks(part.span)[0], part.release, size
+            for op in self._choices(part):
+                yield op.tick, part.release, self.trace.storages[op.fresh[-1]].size_bytes
+
+    def _choices(self, part: Part) -> Iterator[Op]:
+        """Yield the ops of a part whose choices are kept; the last that they make are these."""
+        if part.region.keeps_choices:
+            for op in self.trace.ops[slice(*self.facts.ops(part.span))]:
+                if self.trace.chooses(op) and op.fresh:
+                    yield op
 
     def _snapshot_bytes(self, part: Part) -> int:
         """Return the bytes of the buffers and random state that a part must start from again."""

@@ -91,6 +91,8 @@ def _recipe(facts: Facts, positions: list[int]) -> Recipe | None:
     buffers = {s for op in ops for s in op.mutated if s not in results}
     if not buffers <= trace.buffer_names.keys() or ops[0].name in _NOT_ALONE:
         return None
+    if trace.chooses(ops[0]):  # made again, it might choose otherwise
+        return None
     step_end = trace.phase_start.get("optimizer", trace.num_ticks)
     for op in ops:
         for s in () if op.name in EMPTY_OPS else op.inputs:

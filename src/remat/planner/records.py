@@ -133,6 +133,11 @@ class Region(Record):
     mutated_buffers: tuple[str, ...] = Field(
         default=(), description="Buffers that the region updates; they are updated exactly once."
     )
+    keeps_choices: bool = Field(
+        default=False,
+        description="What its ops choose (the experts of a router) is kept, so that running again "
+        "cannot choose otherwise.",
+    )
     saved_ops: tuple[SavedOp, ...] = Field(
         default=(), description="Ops whose results are kept; the rest is recomputed."
     )
@@ -189,6 +194,9 @@ class Rewrite(Record):
     arguments: tuple[int, ...] = Field(
         default=(),
         description="Sliced calls: the tensors that are cut, by place among the call's leaves.",
+    )
+    keeps_choices: bool = Field(
+        default=False, description="Sliced calls: what their ops choose is kept, as in a region."
     )
     affects: tuple[str, ...] = Field(
         default=(), description="Parameters whose gradients may differ in their last bits."

@@ -29,7 +29,7 @@ class Kind:
         )  # fmt: skip
 
 
-_ERROR, _WARNING = Severity.ERROR, Severity.WARNING
+_ERROR, _WARNING, _NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
 _DOCS = "documentation of torch.utils.checkpoint"
 
 RANDOM_STATE = Kind(
@@ -67,6 +67,11 @@ NO_GRADIENT = Kind(
     "Pass use_reentrant=False, or call model.enable_input_require_grads().", "peft#137",
 )  # fmt: skip
 NESTED_INPUT = Kind("reentrant-nested-input", _ERROR, "Pass use_reentrant=False.", _DOCS)
+ROUTING = Kind(
+    "routing", _NOTE,
+    "Save the op (context_fn with MUST_SAVE), or use a plan of remat, which keeps what is chosen.",
+    "torchtitan#3146",
+)  # fmt: skip
 DOUBLED = Kind(
     "doubled", _WARNING, "Switch checkpointing on in one place only.", "transformers#34928"
 )
@@ -111,6 +116,12 @@ class _Reader:
         ops = self.trace.ops[region.first_op : region.stop_op]
         yield from self._random(region, ops)
         yield from self._written(region, ops)
+        choosing = [op for op in ops if self.trace.chooses(op)]
+        if choosing:
+            yield ROUTING.at(
+                region.where, f"{_ops(choosing)} chooses again when it is run again: on a device "
+                "whose kernels do not repeat, close scores may choose otherwise"
+            )  # fmt: skip
         if region.changed_state:
             is_cache = region.has_cache or "past_key_values" in region.changed_state
             yield (CACHE if is_cache else STATE).at(

@@ -182,6 +182,7 @@ def install(
                 _replace(member, follower_forward, Follower(run, member.__dict__.get("forward")))
         homes = tuple(home for b in mutated for home in buffers[b])
         draws_python_random = any(region.draws_python_random for region in chosen)
+        keeps_choices = any(region.keeps_choices for region in chosen)
         offloaded = {r.call: r.offload for r in chosen if r.offload is not None}
         kept = frozenset(region.call for region in chosen if not region.is_recomputed)
         runtime = RegionRuntime(
@@ -203,8 +204,10 @@ def install(
             },
             preserve_rng_state=any(region.draws_random_numbers for region in chosen),
             draws_python_random=draws_python_random,
+            keeps_choices=keeps_choices,
             is_eager=(
                 draws_python_random
+                or keeps_choices
                 or must_run_eagerly(homes)
                 or first.is_nested
                 or run is not None

@@ -55,7 +55,14 @@ def install_rewrite(modules: Mapping[str, nn.Module], rewrite: Rewrite) -> None:
     if rewrite.kind is not RewriteKind.LOSS_HEAD:
         by_tokens = rewrite.kind is RewriteKind.SLICED_TOKENS
         name = called(module, rewrite.module)
-        call = CallRuntime(name, rewrite.num_slices, rewrite.arguments, replaced, by_tokens)
+        call = CallRuntime(
+            name,
+            rewrite.num_slices,
+            rewrite.arguments,
+            replaced,
+            by_tokens,
+            keeps_choices=rewrite.keeps_choices,
+        )
         module.__dict__["forward"] = functools.partial(sliced_forward, module, call)
         return
     if not is_sliceable_head(module):

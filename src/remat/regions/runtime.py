@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
 
 from remat.errors import ApplyError
 from remat.planner.records import Offload
+from remat.regions.choices import Choosing, ChoosingAgain
 from remat.regions.dropping import DroppedOps, Dropping
 from remat.regions.guards import Guarded, all_modules, refuse_transforms, run_eagerly
 from remat.regions.offload import Board, Transfer
@@ -85,7 +86,8 @@ class RegionRuntime:
     `calls` are the calls within a step that the plan is about, of `num_calls` in all; `None` is all
     of them. `is_eager` keeps it out of what torch.compile compiles. `buffers` are (module, name)
     pairs that the forward updates. `replaced` is a forward that the instance already had, which the
-    region wraps and `remove` puts back. A region that `is_nested` runs again, as a region, inside
+    region wraps and `remove` puts back. One that `keeps_choices` has what its ops chose kept (see
+    NOTE [ Choices ]). A region that `is_nested` runs again, as a region, inside
     the recomputation of the one around it. `name` is what errors call the region.
     """
 
@@ -96,6 +98,7 @@ class RegionRuntime:
     dropped_ops: dict[int, DroppedOps] = field(default_factory=dict)
     preserve_rng_state: bool = False
     draws_python_random: bool = False
+    keeps_choices: bool = False
     is_eager: bool = False
     buffers: tuple[tuple[nn.Module, str], ...] = ()
     replaced: Callable[..., Any] | None = None
@@ -181,7 +184,8 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
         members = (module,) if run is None else run.members
         modules = all_modules(members)
         hooks = _hook_tables(modules[len(members) :], run)
-        if runtime.buffers or runtime.num_calls > 1 or hooks or saved_ops or caches:
+        needs_contexts = runtime.buffers or runtime.num_calls > 1 or runtime.keeps_choices
+        if needs_contexts or hooks or saved_ops or caches:
             options["context_fn"] = functools.partial(_contexts, runtime, hooks, saved_ops)
         recall = runtime.recall()
         if recall is not None:
@@ -223,13 +227,17 @@ def _contexts(
     runtime: RegionRuntime, hooks: list[HookTable], saved_ops: frozenset[tuple[str, int]]
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     first = _FirstRun(runtime, hooks)
-    again = _Recomputation(runtime, first)
-    if not saved_ops:
-        return first, again
-    saving, using = create_selective_checkpoint_contexts(  # type: ignore[no-untyped-call]
-        _SaveOccurrences(saved_ops)
-    )
-    return _Both(first, saving), _Both(again, using)
+    around: AbstractContextManager[Any] = first
+    again: AbstractContextManager[Any] = _Recomputation(runtime, first)
+    if saved_ops:
+        saving, using = create_selective_checkpoint_contexts(  # type: ignore[no-untyped-call]
+            _SaveOccurrences(saved_ops)
+        )
+        around, again = _Both(around, saving), _Both(again, using)
+    if runtime.keeps_choices:
+        choosing = Choosing()
+        around, again = _Both(around, choosing), _Both(again, ChoosingAgain(choosing))
+    return around, again
 
 
 class _SaveOccurrences:

@@ -23,7 +23,7 @@ class CallRuntime:
     `arguments` are the places of the tensors that are cut, among the leaves of the call's (args,
     kwargs): along their first dimension, or, where the call is cut `by_tokens`, the one tensor
     there along its rows. `replaced` is a forward that the instance already had; `name` is what
-    errors call the module.
+    errors call the module; one that `keeps_choices` has what its ops choose kept, for each slice.
     """
 
     name: str
@@ -31,12 +31,17 @@ class CallRuntime:
     arguments: tuple[int, ...]
     replaced: Callable[..., Any] | None
     by_tokens: bool
+    keeps_choices: bool = False
     region: RegionRuntime = field(init=False)
 
     def __post_init__(self) -> None:
         # Slices of tokens stay slices where a region around them runs again.
         self.region = RegionRuntime(
-            StepClock(), replaced=self.replaced, is_nested=self.by_tokens, name=self.name
+            StepClock(),
+            keeps_choices=self.keeps_choices,
+            replaced=self.replaced,
+            is_nested=self.by_tokens,
+            name=self.name,
         )
 
 

@@ -44,17 +44,21 @@ def sliced_blocks(plain: Program, step: Step) -> tuple[Rewrite, ...]:
     trace = plain.trace
     blocks = [trace.calls[plain.options[position].call] for position in plain.blocks]
     updates = any(s in trace.buffer_names for op in trace.ops for s in op.mutated)
-    names = [call.module for call in blocks if not updates and _is_sliceable(plain, call)]
+    fitting = [call for call in blocks if not updates and _is_sliceable(plain, call)]
+    names = [call.module for call in fitting]
     if not names or any(_is_abstract(step.model.get_submodule(name)) for name in names):
         return ()
     calls = _arguments_of(step, names)
     found = []
-    for name in names:
+    for call in fitting:
+        name = call.module
         places = _batched(calls[name])
         if not places or not _is_row_wise(step.model, name, calls[name], places):
             _log.info("block %r cannot run in slices of the batch", name)
             continue
-        found.append(_rewrite(step.model, name, calls[name], places, len(names)))
+        rewrite = _rewrite(step.model, name, calls[name], places, len(names))
+        chooses = any(map(trace.chooses, trace.ops[call.first_op : call.stop_op]))
+        found.append(rewrite.model_copy(update={"keeps_choices": chooses}))
     return tuple(found)
 
 

@@ -45,6 +45,16 @@ EMPTY_OPS = frozenset(
     }
 )  # fmt: skip
 
+# Ops that choose by comparing: the last of what they return are indices, which another rounding of
+# what they compare would change.
+CHOOSING_OPS = frozenset(
+    {
+        "aten.topk.default", "aten.sort.default", "aten.sort.stable", "aten.argmax.default",
+        "aten.argmin.default", "aten.max.dim", "aten.min.dim", "aten.kthvalue.default",
+        "aten.multinomial.default",
+    }
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
@@ -192,6 +202,13 @@ class StepTrace:
     def base_bytes(self) -> int:
         """Bytes alive for the whole step: parameters, buffers, optimizer state and batch."""
         return sum(s.size_bytes for s in self.storages if s.kind in BASE_KINDS)
+
+    def chooses(self, op: Op) -> bool:
+        """Whether an op gives indices that another rounding of what it compares would change."""
+        if op.name not in CHOOSING_OPS:
+            return False
+        compared = self.signatures[op.signature].arguments[0]
+        return isinstance(compared, TensorMeta) and "float" in compared.dtype
 
     def num_calls(self, module: str) -> int:
         """How often a module is called within the step's forward."""

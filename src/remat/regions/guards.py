@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,19 +38,34 @@ _SET_SWITCHES: tuple[Callable[[Any], None], ...] = (
 )
 
 
+class Lane:
+    """What regions share that only one thread at a time may be in: 0, or which thread that is.
+
+    Regions of one plan share modules, whose buffers, hooks and modes one of them may set back; all
+    that draw random numbers share the generators of the process.
+    """
+
+    def __init__(self) -> None:
+        self.thread = 0
+
+
+DRAWING = Lane()
+
+
 class Guarded:
     """A region's function; its first call is the forward, each later one a recomputation."""
 
-    __slots__ = ("_forward", "_modules", "_random", "_switches", "_training", "_versions")
+    __slots__ = ("_forward", "_lane", "_modules", "_random", "_switches", "_training", "_versions")
 
     def __init__(
         self,
         modules: tuple[nn.Module, ...],
         forward: Callable[..., Any],
         *,
+        lane: Lane,
         draws_python_random: bool,
     ) -> None:
-        self._forward = forward
+        self._forward, self._lane = forward, lane
         self._modules = modules
         self._training: list[bool] | None = None
         self._versions: list[int] = []
@@ -57,24 +73,41 @@ class Guarded:
         self._random: Any = draws_python_random
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward, or run it again as it was."""
-        if self._training is None:
-            self._training = [m.training for m in self._modules]
-            self._versions = _versions(self._modules)
-            self._switches = _switches()
-            self._random = _python_random() if self._random else None
-            return self._forward(*args, **kwargs)
-        self._check_parameters()
-        is_same = self._switches == _switches()
-        is_same &= self._training == [m.training for m in self._modules]
-        if is_same and self._random is None:
-            return self._forward(*args, **kwargs)
-        with (
-            _modes(self._modules, self._training),
-            _switched(self._switches),
-            _drawing_from(self._random),
-        ):
-            return self._forward(*args, **kwargs)
+        """Run the forward, or run it again as it was.
+
+        Raises
+        ------
+        ApplyError: if another thread is in such a region, or a parameter was written to meanwhile.
+        """
+        lane, thread = self._lane, threading.get_ident()
+        before = lane.thread
+        if before not in (0, thread):
+            raise ApplyError(
+                "two threads train planned models at once, and regions that run again set back "
+                "random states and modules that both use: train in processes, or take the plans "
+                "off with handle.remove()."
+            )
+        lane.thread = thread
+        try:
+            if self._training is None:
+                self._training = [m.training for m in self._modules]
+                self._versions = _versions(self._modules)
+                self._switches = _switches()
+                self._random = _python_random() if self._random else None
+                return self._forward(*args, **kwargs)
+            self._check_parameters()
+            is_same = self._switches == _switches()
+            is_same &= self._training == [m.training for m in self._modules]
+            if is_same and self._random is None:
+                return self._forward(*args, **kwargs)
+            with (
+                _modes(self._modules, self._training),
+                _switched(self._switches),
+                _drawing_from(self._random),
+            ):
+                return self._forward(*args, **kwargs)
+        finally:
+            lane.thread = before
 
     def _check_parameters(self) -> None:
         if _versions(self._modules) != self._versions:

@@ -22,7 +22,7 @@ from remat.errors import ApplyError
 from remat.planner.records import Offload
 from remat.regions.choices import Choosing, ChoosingAgain
 from remat.regions.dropping import DroppedOps, Dropping
-from remat.regions.guards import Guarded, all_modules, refuse_transforms, run_eagerly
+from remat.regions.guards import DRAWING, Guarded, Lane, all_modules, refuse_transforms, run_eagerly
 from remat.regions.offload import Board, Transfer
 from remat.regions.pool import HostPool
 from remat.regions.recall import DETERMINISM_CHECK, LOOKS, PERIOD, Recall
@@ -50,6 +50,7 @@ class StepClock:
 
     step: int = 0
     in_backward: bool = False
+    lane: Lane = field(default_factory=Lane)
 
     def note_backward(self) -> None:
         """Note that backward reads something."""
@@ -190,7 +191,13 @@ def region_forward(module: nn.Module, runtime: RegionRuntime, *args: Any, **kwar
         recall = runtime.recall()
         if recall is not None:
             options["determinism_check"] = DETERMINISM_CHECK
-        forward = Guarded(modules, forward, draws_python_random=runtime.draws_python_random)
+        draws = runtime.preserve_rng_state or runtime.draws_python_random
+        forward = Guarded(
+            modules,
+            forward,
+            lane=DRAWING if draws else runtime.clock.lane,
+            draws_python_random=runtime.draws_python_random,
+        )
     if run is not None or runtime.is_nested or transfer is not None or has_aliases:
         forward, args = with_tensors_first(forward, args, kwargs)
         kwargs = {}

@@ -17,7 +17,9 @@ its share is given as well, and what a plan adds to it. (Recomputation under tor
 tensor that is needed, and so leaves out one addition per block that `pure` runs.)
 
 Bookkeeping is the same number of calls for tensors of any size, so that its share falls as the step
-gets longer: `--width` and `--tokens` make it longer.
+gets longer: `--width` and `--tokens` make it longer. So it is measured twice, as above, where
+it drowns in the noise of the ops, and on tensors so small that little else is left of a step. These
+`bookkeeping_seconds`, over the seconds of the step asked for, are its `shares_by_calls`.
 
 Seconds are those of the processor, on one thread, so that waiting for it does not count. A round
 runs each way once, first one way and then another; the figure is the median over rounds of the
@@ -32,6 +34,7 @@ import argparse
 import functools
 import json
 import math
+import operator
 import platform
 import statistics
 import sys
@@ -54,7 +57,10 @@ from remat.planner.policies import AllBlocks
 # Any: ways wrap steps that return nothing; documents are JSON.
 
 SHAPE = {"blocks": 6, "width": 192, "heads": 4, "batch": 2, "tokens": 256, "dropout": 0.1}
+# The same blocks with next to nothing to compute.
+TINY = {"width": 16, "heads": 2, "batch": 1, "tokens": 8}
 WARM_ROUNDS = 3
+TINY_ROUNDS = 400
 CONFIDENCE = 0.95
 ALLOWED = 0.01
 PAIRS = {
@@ -158,11 +164,13 @@ def median_interval(values: list[float], confidence: float = CONFIDENCE) -> dict
     }
 
 
-def shares(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Return what each pair's first way takes beyond its second, as a share of the second."""
+def compared(
+    seconds: dict[str, list[float]], compare: Callable[[float, float], float]
+) -> dict[str, dict[str, float]]:
+    """Compare the two ways of each pair within rounds."""
     return {
         name: median_interval(
-            [a / b - 1 for a, b in zip(seconds[one], seconds[other], strict=True)]
+            [compare(a, b) for a, b in zip(seconds[one], seconds[other], strict=True)]
         )
         for name, (one, other) in PAIRS.items()
     }
@@ -200,11 +208,18 @@ def main() -> None:
     shape = SHAPE | {"width": arguments.width, "tokens": arguments.tokens}
     ways = {name: trained(way, **shape) for name, way in WAYS.items()}
     seconds = timed(ways, arguments.rounds)
-    found = shares(seconds)
+    tiny = {name: trained(way, **TINY) for name, way in WAYS.items()}
+    alone = compared(timed(tiny, TINY_ROUNDS), operator.sub)
+    step = statistics.median(seconds["pure"])
+    by_calls = {
+        name: {end: value / step for end, value in found.items()} for name, found in alone.items()
+    }
     document = {
-        "shares": found,
+        "shares": compared(seconds, lambda a, b: a / b - 1),
+        "bookkeeping_seconds": alone,
+        "shares_by_calls": by_calls,
         "confidence": CONFIDENCE,
-        "within_one_percent": {name: share["high"] <= ALLOWED for name, share in found.items()},
+        "within_one_percent": {name: share["high"] <= ALLOWED for name, share in by_calls.items()},
         "step_seconds": {
             name: dict(zip(("q1", "median", "q3"), statistics.quantiles(s, n=4), strict=True))
             for name, s in seconds.items()

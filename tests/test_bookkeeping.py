@@ -7,9 +7,8 @@ import statistics
 
 import pytest
 
-from benchmarks.overhead import WAYS, median_interval, python_calls, trained
+from benchmarks.overhead import TINY, WAYS, median_interval, python_calls, trained
 
-SMALL = {"width": 16, "heads": 2, "batch": 1, "tokens": 8}
 # Python calls that a region adds to torch's own checkpoint around the same block, and a guard to a
 # step: 34 and 12 were counted, beside some 860 per block for the checkpoint itself.
 MOST_CALLS_OF_REGION = 36
@@ -20,7 +19,7 @@ MOST_CALLS_OF_GUARD = 20
 def test_a_region_adds_few_calls_to_a_checkpoint():
     """A plan over all blocks takes a fixed small number of calls per block more than torch's."""
     depth = 3
-    calls = {name: python_calls(trained(way, blocks=depth, **SMALL)) for name, way in WAYS.items()}
+    calls = {name: python_calls(trained(way, blocks=depth, **TINY)) for name, way in WAYS.items()}
     assert calls["pure"] < calls["torch"]
     assert 0 < calls["plan"] - calls["torch"] <= MOST_CALLS_OF_REGION * depth
     assert 0 < calls["guard"] - calls["plan"] <= MOST_CALLS_OF_GUARD

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The group `dev` of pyproject.toml, spelled out because `pip --group` needs pip >= 25.1;
 # tests/test_house.py holds the two together.
-DEV := pytest pytest-timeout pytest-xdist pytest-randomly hypothesis jsonschema ruff mypy
+DEV := pytest pytest-timeout pytest-xdist pytest-randomly hypothesis jsonschema opacus ruff mypy
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1

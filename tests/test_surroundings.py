@@ -123,7 +123,7 @@ def test_per_sample_gradients_by_expanded_weights():
 @pytest.mark.parametrize("wraps_first", [False, True])
 def test_opacus_gives_the_same_gradients_of_each_example(force_functorch, wraps_first):
     """Hooks see one call under a plan: gradients of each example and their sum are the same."""
-    opacus = pytest.importorskip("opacus", reason="opacus is not installed (not part of any extra)")
+    opacus = pytest.importorskip("opacus")
     model = nn.Sequential(*(Block(WIDTH, dropout=0.0) for _ in range(3)))
     plain, batch = copy.deepcopy(model), torch.randn(64, WIDTH)
     plan = tightest(model, batch, loss=square_mean)

@@ -106,16 +106,22 @@ def test_search_finds_the_last_size_that_fits(most, available):
 
     counted = max((n for n in range(1, most + 1) if needed(n) <= available), default=0)
     assert largest_fitting(needed, available, most=most) == counted
+    assert largest_fitting(needed, available, empty=90, most=most) == counted
+    for known in range(1, counted + 1, max(1, counted // 7)):
+        assert largest_fitting(needed, available, at_least=known, most=most) == counted
 
 
 def test_search_asks_for_few_sizes():
-    """An affine need is settled in a dozen questions, however large the answer."""
+    """An affine need is settled in a few questions, however large the answer."""
     asked = []
 
     def needed(size):
         asked.append(size)
         return 1000 + 7 * size
 
+    assert largest_fitting(needed, 1000 + 7 * 54_321, empty=1000) == 54_321
+    assert asked == [1, 64, 4096, 54_321, 54_322]
+    asked.clear()
     assert largest_fitting(needed, 1000 + 7 * 54_321) == 54_321
     assert len(asked) <= 12
 

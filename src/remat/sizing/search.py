@@ -13,6 +13,7 @@ def largest_fitting(
     needed: Callable[[int], int],
     available_bytes: int,
     *,
+    empty: int = 0,
     at_least: int = 0,
     most: int = LARGEST,
 ) -> int:
@@ -20,12 +21,13 @@ def largest_fitting(
 
     Arguments
     ---------
-    needed: bytes by size, non-decreasing. Called for about ten sizes.
+    needed: bytes by size, non-decreasing. Called for about five sizes, if it is affine.
+    empty: bytes that are needed whatever the size; a first guess starts from them.
     at_least: a size that is known to fit, or 0.
     most: the largest size to consider.
     """
     low, high = at_least, most + 1
-    points: list[tuple[int, int]] = []
+    points = [(0, empty)]
 
     def fits(size: int) -> bool:
         nonlocal low, high
@@ -37,16 +39,14 @@ def largest_fitting(
         high = size
         return False
 
-    if low == 0 and not fits(1):
-        return 0
-    if low + 1 < high:
-        fits(min(2 * low, high - 1))
+    if not fits(max(1, low)):
+        return low  # what was known to fit does so in another way
     halves = False
     while high - low > 1:
         # Nothing is known above the largest size tried: go there in steps.
         bounded = high <= most
         guess = (low + high) // 2 if bounded else 2 * low
-        if not halves and len(points) > 1:
+        if not halves:
             (a, needs_a), (b, needs_b) = points[-2:]
             slope = (needs_b - needs_a) / (b - a)
             if slope > 0:
@@ -56,5 +56,5 @@ def largest_fitting(
         before = high - low
         fits(guess)
         # The secant creeps where what is needed has a bend: halve then, in turn.
-        halves = not halves and high - low > before // 2
+        halves = bounded and not halves and high - low > before // 2
     return low

@@ -141,6 +141,9 @@ def survey(
     if not devices:
         raise WorkloadError("no device is named: give at least one.")
     rows, notes = [], []
+    largest = max(devices, key=lambda device: device.available_bytes)
+    if not Sizer(subject, largest, largest.available_bytes).may_fit(subject.unit):
+        _refuse(subject, largest)
     for number, device in enumerate(devices):
         report(f"sizing {device.name}", number / len(devices))
         found, note = _device_sizes(subject, device)
@@ -149,7 +152,7 @@ def survey(
         notes += [note] if note and note not in notes else []
     report("done", 1.0)
     if not any(size.largest for row in rows for size in row.sizes):
-        _refuse(subject, max(devices, key=lambda device: device.available_bytes))
+        _refuse(subject, largest)
     top = max(size.largest for row in rows for size in row.sizes)
     if top + subject.unit > subject.most:
         notes.append(f"No {subject.dimension} above {top:,} was tried: {subject.most_of}.")
@@ -184,16 +187,25 @@ class Sizer:
         first, second = (self._subject.trace(self._target, size) for size in (small, large))
         return ScaledTraces(first, second, small, large)
 
+    def may_fit(self, size: int) -> bool:
+        """Whether what no choice avoids fits: parameters, optimizer state, buffers, the batch."""
+        return self._floor(size) <= self.available_bytes
+
+    def _floor(self, size: int) -> int:
+        return shard(self._trace(size), self._subject.shards).base_bytes
+
+    def _trace(self, size: int) -> StepTrace:
+        if self._subject.is_affine:
+            return self._scaled.at(size)
+        return self._subject.trace(self._target, size)
+
     def program(self, mode: Mode, size: int) -> Program:
         """Return the step of a size, with the options that a mode chooses from."""
         return self._at(size, only_blocks=mode is not Mode.PLANNED)
 
     def _program(self, size: int, *, only_blocks: bool) -> Program:
         subject = self._subject
-        if subject.is_affine:
-            trace, made = self._scaled.at(size), subject.small
-        else:
-            trace, made = subject.trace(self._target, size), size
+        trace, made = self._trace(size), subject.small if subject.is_affine else size
         # The trace stands for the step: the batch itself, which may be large, is not made.
         step = Step(
             subject.model_of(size), subject.make_batch(made), subject.loss, subject.optimizer
@@ -218,18 +230,26 @@ class Sizer:
     def largest(self, mode: Mode, at_least: int = 0) -> int:
         """Return the largest size that fits in a mode, 0 if none does."""
         unit = self._subject.unit
+        if not self.may_fit(unit):
+            return 0
         return unit * largest_fitting(
             lambda units: self.needed(mode, units * unit),
             self.available_bytes,
+            empty=self._floor(unit),
             at_least=at_least // unit,
             most=self._subject.most // unit,
         )
 
-    def best_choice(self, mode: Mode, size: int) -> frozenset[int]:
-        """Return what a mode recomputes at a size; of `PLANNED`, the cheapest that fits."""
+    def best_choice(self, mode: Mode, size: int) -> tuple[Program, frozenset[int]]:
+        """Return what a mode recomputes at a size; of `PLANNED`, the cheapest that fits.
+
+        Where no choice can fit, that is the one of all blocks: none is worth a search.
+        """
+        if mode is Mode.PLANNED and not self.may_fit(size):
+            mode = Mode.ALL_BLOCKS
         program = self.program(mode, size)
         if mode is not Mode.PLANNED:
-            return _least(mode, program)
+            return program, _least(mode, program)
         known = [_least(m, program) for m in Mode]
         allowed = program.accounting.allowed_bytes(self.available_bytes)
         for _ in range(4):
@@ -238,9 +258,9 @@ class Sizer:
                 break
             excess = needed_bytes(program, found.chosen) - self.available_bytes
             if excess <= 0:
-                return found.chosen
+                return program, found.chosen
             allowed -= excess
-        return min(known, key=lambda chosen: needed_bytes(program, chosen))
+        return program, min(known, key=lambda chosen: needed_bytes(program, chosen))
 
     def refine(self, size: int) -> bool:
         """Trace the step of a size itself; say whether it differs from what was taken for it."""
@@ -294,8 +314,7 @@ def _sizes(subject: Subject, sizer: Sizer) -> list[Size]:
         known = max((s.largest for s in sizes), default=0) if mode is Mode.PLANNED else 0
         largest = sizer.largest(mode, known)
         at = max(largest, subject.unit)
-        program = sizer.program(mode, at)
-        chosen = sizer.best_choice(mode, at)
+        program, chosen = sizer.best_choice(mode, at)
         seconds = program.cost.step_seconds + program.solver.cost(chosen)
         again = sum(program.options[p].seconds for p in chosen)
         sizes.append(
@@ -355,8 +374,9 @@ def _refuse(subject: Subject, device: Device) -> None:
     """Say how much is missing for one example on the largest device, and what would help."""
     sizer = Sizer(subject, device, device.available_bytes)
     least = subject.unit
-    needed = sizer.needed(Mode.PLANNED, least)
-    program = sizer.program(Mode.PLANNED, least)
+    # Where no choice can fit, the peak of all blocks tells as much as a search for the least.
+    mode = Mode.PLANNED if sizer.may_fit(least) else Mode.ALL_BLOCKS
+    needed, program = sizer.needed(mode, least), sizer.program(mode, least)
     blame: dict[str, int] = {}
     for storage in program.trace.storages:
         if storage.birth == 0:

@@ -8,14 +8,15 @@ import remat
 from remat.cost.devices import find_device
 from remat.cost.model import CostModel
 from remat.fit import Fit
+from remat.trace.capture import capture
 from tests.models import square_mean
 
 
 def slow_fit(model, batch, loss=square_mean, **more) -> Fit:
     """The options of a step of which every op takes long, so that packing is worth it."""
     more = {"optimizer": None, "chunks": False} | more
-    fit = Fit(model, batch, loss=loss, **more)
-    seconds = dict.fromkeys(fit.plain.trace.signatures, 1.0)
+    trace = capture(model, batch, loss=loss, optimizer=more["optimizer"])
+    seconds = dict.fromkeys(trace.signatures, 1.0)
     cost = CostModel(device=find_device("cpu"), seconds=seconds, copies_overlap=True)
     return Fit(model, batch, loss=loss, cost=cost, **more)
 

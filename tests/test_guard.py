@@ -39,6 +39,11 @@ def stepper(model, batch, optimizer, *, fails=()):
     return run
 
 
+def said(caplog):
+    """What remat itself has logged: threads of libraries log when they like."""
+    return [r.getMessage() for r in caplog.records if r.name.partition(".")[0] == "remat"]
+
+
 def test_guard_of_a_true_plan_says_nothing(caplog):
     """Measured steps that are as predicted make no event and no warning; remove takes all off."""
     model, batch, optimizer, plan = made()
@@ -46,7 +51,7 @@ def test_guard_of_a_true_plan_says_nothing(caplog):
         run = stepper(model, batch, optimizer)
         losses = [guard.step(run) for _ in range(4)]
     assert guard.events == ()
-    assert caplog.records == []
+    assert said(caplog) == []
     assert losses[-1] < losses[0]
     assert all("forward" not in module.__dict__ for module in model.modules())
 
@@ -63,8 +68,8 @@ def test_drift_is_warned_of_with_numbers(caplog):
     for event in guard.events:
         assert event.measured_peak_bytes > 1.3 * event.predicted_peak_bytes
         assert event.predicted_peak_bytes == plan.predicted_peak_bytes
-    assert len(caplog.records) == 2
-    assert "predicted" in caplog.text
+    assert len(said(caplog)) == 2
+    assert all("predicted" in message for message in said(caplog))
 
 
 def test_out_of_memory_tightens_once_and_repeats_the_same_step(caplog):

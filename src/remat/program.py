@@ -138,6 +138,7 @@ class Program:
             for policy in simple_policies(len(self.blocks))
         ]
         self._known += self.chain_plans
+        self._simulated: dict[frozenset[int], Simulation] = {}
         self._least: tuple[Solution, Simulation] | None = None
         self._keep_all_needed: int | None = None
 
@@ -217,11 +218,19 @@ class Program:
     # -- simulation -------------------------------------------------------------------------------
 
     def simulate(self, chosen: Iterable[int]) -> Simulation:
-        """Run the step under fake tensors with the choice applied."""
+        """Run the step under fake tensors with the choice applied; once for each choice.
+
+        It takes longer than most searches, and neighbouring budgets often have the same plan.
+        """
         self._report("simulating the plan", 0.8)
-        regions = tuple(r for p in sorted(chosen) for r in self.options[p].regions())
-        trace, host_bytes = self._captured(regions, drop_saved=False)
-        return self.accounting.simulation(trace, self._workspace_of(trace.signatures), host_bytes)
+        chosen = frozenset(chosen)
+        if chosen not in self._simulated:
+            regions = tuple(r for p in sorted(chosen) for r in self.options[p].regions())
+            trace, host_bytes = self._captured(regions, drop_saved=False)
+            self._simulated[chosen] = self.accounting.simulation(
+                trace, self._workspace_of(trace.signatures), host_bytes
+            )
+        return self._simulated[chosen]
 
     def memory_snapshot(self, regions: tuple[Region, ...]) -> dict[str, Any]:
         """Return the step under regions as a PyTorch memory snapshot, by the allocator's model."""

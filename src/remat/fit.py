@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -201,15 +202,12 @@ class Fit:
             chunks = False
         self._step, self._chunks = Step(model, batch, loss, optimizer), chunks
 
-        def make(rewrites: tuple[Rewrite, ...]) -> Program:
-            return Program(
-                self._step, rewrites=rewrites, device=device, cost=cost,
-                time_limit_s=time_limit_s, report=self._report,
-                host_budget_bytes=host_budget_bytes,
-            )  # fmt: skip
-
-        self._make = make
-        self.plain = make(())
+        make = functools.partial(
+            Program, self._step, device=device, cost=cost, time_limit_s=time_limit_s,
+            report=self._report, host_budget_bytes=host_budget_bytes,
+        )  # fmt: skip
+        self.plain = make()
+        self._make = lambda rewrites: make(rewrites=rewrites, like=self.plain.trace)
         self._rewritten: tuple[Program, ...] | None = None
         self._narrowed: tuple[Program, ...] | None = None
         self._last_resort: tuple[Program, ...] | None = None

@@ -59,8 +59,9 @@ class Step:
 class Program:
     """One trace of a step, from which choices of regions for any number of budgets are made.
 
-    With `rewrites` on the model, the step is another program, with a trace of its own. With
-    `only_blocks`, blocks are the only options: much less work, where no plan is looked for.
+    With `rewrites` on the model, the step is another program, with a trace of its own; `like` is
+    one of the step without them. With `only_blocks`, blocks are the only options: much less work,
+    where no plan is looked for.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Program:
         time_limit_s: float,
         report: Report,
         trace: StepTrace | None = None,
+        like: StepTrace | None = None,
         host_budget_bytes: int | None = None,
         only_blocks: bool = False,
     ) -> None:
@@ -84,7 +86,9 @@ class Program:
         self._target = target_of(cost.device, device_type_of(step.model))
         self._report("tracing one training step", 0.0)
         # A trace that is given follows from others; it stands for one of this step.
+        self._like = like
         self.trace = trace or self._captured((), drop_saved=True)[0]
+        self._like = self.trace if trace is None else like
         sliced = {r.module for r in rewrites if r.kind is RewriteKind.SLICED_CALL}
         self._sliced_starts = [c.start for c in self.trace.calls if c.module in sliced]
         sliced = {r.module for r in rewrites if r.kind is RewriteKind.SLICED_TOKENS}
@@ -249,7 +253,7 @@ class Program:
         try:
             trace = capture(
                 step.model, step.batch, loss=step.loss, optimizer=step.optimizer,
-                drop_saved=drop_saved, target=self._target,
+                drop_saved=drop_saved, target=self._target, like=self._like,
             )  # fmt: skip
             return trace, host_peak_bytes(step.model)
         finally:

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 from remat.errors import CaptureError, RematError, WorkloadError
 from remat.trace.effects import first_change, visible_state
 from remat.trace.generators import global_states
+from remat.trace.handover import OptimizerPart, note_gradients
 from remat.trace.parallel import (
     check_wrapping,
     refuse_wrapped,
@@ -34,15 +35,14 @@ from remat.trace.recorder import Recorder, tensors_in
 from remat.trace.records import (
     ACTIVATIONS,
     BACKWARD,
-    BASE_KINDS,
     BATCH,
     BUCKETS,
     BUFFERS,
     FORWARD,
-    GRADIENTS,
     OPTIMIZER,
     OPTIMIZER_STATE,
     PARAMETERS,
+    Handover,
     StepTrace,
 )
 from remat.trace.standin import (
@@ -86,6 +86,7 @@ def capture(
     drop_saved: bool = True,
     device: torch.device | None = None,
     target: Target | None = None,
+    like: StepTrace | None = None,
 ) -> StepTrace:
     """Record one training step: forward, loss, backward and a warm optimizer step.
 
@@ -99,6 +100,8 @@ def capture(
     drop_saved: separate what autograd holds from what the program holds (see `Recorder`).
     device: where tensors of the meta device are taken to live; default the CPU.
     target: the device whose ops are recorded, for a model whose tensors are on the CPU or meta.
+    like: a trace of the same step under other regions, whose optimizer's part is taken over where
+        that follows from parameters and gradients (see NOTE [ Handover ]).
 
     Raises
     ------
@@ -112,7 +115,7 @@ def capture(
         target=target,
     )  # fmt: skip
     try:
-        return run(fake=True, device=device or torch.device("cpu"))
+        return run(fake=True, device=device or torch.device("cpu"), like=like)
     except _NEEDS_VALUES as error:
         if is_abstract(model, batch):
             raise CaptureError(
@@ -127,7 +130,7 @@ def capture(
         )
         # Said once for each plan: its simulations trace the same step again.
         _log.log(logging.WARNING if drop_saved else logging.INFO, "%s", message)
-    trace = run(fake=False, device=None)
+    trace = run(fake=False, device=None, like=None)
     trace.notes.append(message)
     return trace
 
@@ -142,6 +145,7 @@ def _capture(
     fake: bool,
     device: torch.device | None,
     target: Target | None,
+    like: StepTrace | None,
 ) -> StepTrace:
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     recorder = Recorder(mode, drop_saved=drop_saved)
@@ -178,7 +182,7 @@ def _capture(
         optimizer_object = make_optimizer(optimizer, model, translate)
         default_to_foreach(optimizer_object, device_type)
         try:
-            _run(recorder, model, batch, loss, optimizer_object)
+            handover = _run(recorder, model, batch, loss, optimizer_object, OptimizerPart.of(like))
             recorder.threads.check()
         except (*_NEEDS_VALUES, RematError):
             raise
@@ -199,6 +203,7 @@ def _capture(
         device_type=device_type,
         parameter_names=parameter_names,
         replayed_ticks=recorder.replayed_ticks,
+        handover=handover if fake else None,
     )
 
 
@@ -208,35 +213,39 @@ def _run(
     batch: Any,
     loss: Loss | None,
     optimizer: torch.optim.Optimizer | None,
-) -> None:
-    """Run the step under the recorder; the optimizer's first step only makes its state."""
+    known: OptimizerPart | None,
+) -> Handover:
+    """Run the step under the recorder; `known` is the optimizer's part if that need not run."""
     with recorder:
         recorder.begin(FORWARD)
         with torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack):
             value = compute_loss(model, batch, loss)
         recorder.begin(BACKWARD)
         value.backward()  # type: ignore[no-untyped-call]
-        for parameter in model.parameters():
-            for tensor in tensors_in(parameter.grad):
-                index = recorder.register(tensor, GRADIENTS)
-                if recorder.storages[index].kind not in BASE_KINDS:  # a view of a bucket
-                    recorder.storages[index].kind = GRADIENTS
-        if optimizer is not None:
-            recorder.recording = False
-            recorder.stage = OPTIMIZER_STEP
-            optimizer.step()
-            for state in optimizer.state.values():
-                for tensor in tensors_in(state):
-                    index = recorder.register(tensor, OPTIMIZER_STATE)
-                    if recorder.storages[index].kind not in BASE_KINDS:
-                        recorder.storages[index].kind = OPTIMIZER_STATE
-            recorder.recording = True
-        recorder.begin(OPTIMIZER)
-        if optimizer is not None:
-            optimizer.step()
+        handover = note_gradients(recorder, model.parameters())
+        if known is not None and known.follows(handover):
+            known.take_over(recorder, handover)
+        else:
+            _optimize(recorder, optimizer)
         recorder.tick += 1
         recorder.close()
         del value
+    return handover
+
+
+def _optimize(recorder: Recorder, optimizer: torch.optim.Optimizer | None) -> None:
+    """Record a warm step of the optimizer: an unrecorded first one makes its state."""
+    if optimizer is not None:
+        recorder.recording = False
+        recorder.stage = OPTIMIZER_STEP
+        optimizer.step()
+        for state in optimizer.state.values():
+            for tensor in tensors_in(state):
+                recorder.register_as(tensor, OPTIMIZER_STATE)
+        recorder.recording = True
+    recorder.begin(OPTIMIZER)
+    if optimizer is not None:
+        optimizer.step()
 
 
 def _register_base(recorder: Recorder, model: nn.Module, batch: Any) -> tuple[_Names, _Names]:

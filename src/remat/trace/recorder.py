@@ -34,6 +34,7 @@ from remat.trace.leaves import Identities, flatten
 from remat.trace.records import (
     ACTIVATIONS,
     BACKWARD,
+    BASE_KINDS,
     EMPTY_OPS,
     FORWARD,
     GATHERED,
@@ -158,6 +159,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.storages.append(Storage(storage.nbytes(), kind, self.tick, call))
         self._since[index] = self.tick
         self._watch(storage, index, None)
+        return index
+
+    def register_as(self, tensor: Tensor, kind: str) -> int:
+        """Return the id of a tensor's storage, of this kind unless it is there all the time."""
+        index = self.register(tensor, kind)
+        if self.storages[index].kind not in BASE_KINDS:  # a gradient may be a view of a bucket
+            self.storages[index].kind = kind
         return index
 
     def _watch(self, storage: Any, index: int, handle: Handle | None) -> None:
@@ -416,14 +424,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = flop_registry.get(func._overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
         signature = OpSignature(
-            str(func), _describe(args), tuple((k, _describe(v)) for k, v in kwargs.items())
+            str(func), describe(args), tuple((k, describe(v)) for k, v in kwargs.items())
         )
         floating = next((t.dtype for t in (*tensors, *produced) if t.is_floating_point()), None)
         self.ops.append(
             Op(
                 self.tick,
                 str(func),
-                self.signatures.setdefault(signature, len(self.signatures)),
+                self.sign(signature),
                 self.call_stack[-1] if self.call_stack else -1,
                 self.phase,
                 flops,
@@ -435,6 +443,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 str(floating).removeprefix("torch.") if floating is not None else "",
             )
         )
+
+    def sign(self, signature: OpSignature) -> int:
+        """Return the number of an op's signature: the same one for equal calls."""
+        return self.signatures.setdefault(signature, len(self.signatures))
 
     def begin(self, phase: str) -> None:
         """Note that a phase of the step begins."""
@@ -505,7 +517,7 @@ def _batch_norm_statistics(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
     return [args[i] for i in where[:2] if isinstance(args[i], Tensor)]
 
 
-def _describe(value: Any) -> Any:
+def describe(value: Any) -> Any:
     """Turn an argument into hashable data without tensors."""
     if isinstance(value, Tensor):
         return TensorMeta(
@@ -515,7 +527,7 @@ def _describe(value: Any) -> Any:
             value.device.type,
         )
     if isinstance(value, (list, tuple)):
-        return tuple(_describe(item) for item in value)
+        return tuple(describe(item) for item in value)
     if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
         return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):

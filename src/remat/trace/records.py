@@ -181,6 +181,18 @@ class Call:
     entered: int = -1
 
 
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What a step's optimizer is given: the gradients' storages, with the tensors in them.
+
+    `num_storages` are those that are there by then.
+    """
+
+    gradients: tuple[int, ...]
+    metas: tuple[object, ...]
+    num_storages: int
+
+
 @dataclass(slots=True)
 class StepTrace:
     """Everything that a planner needs to know of one training step; see NOTE [ Ticks ]."""
@@ -197,6 +209,7 @@ class StepTrace:
     notes: list[str] = field(default_factory=list)
     parameter_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
     replayed_ticks: list[int] = field(default_factory=list)  # ops of a forward run in backward
+    handover: Handover | None = None  # of traces on fakes
 
     @property
     def base_bytes(self) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from remat.cost.allocations import most_allocated
 from remat.cost.replay import find_operator, moved_bytes, replay
-from remat.trace.recorder import tensors_in
+from remat.trace.ops import tensors_in
 from remat.trace.records import OpSignature, TensorMeta
 from remat.trace.standin import random_states, restore_random_states
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from remat.cost.allocations import most_allocated
+from remat.trace.ops import tensors_in
 from remat.trace.parallel import bucket_likes
-from remat.trace.recorder import tensors_in
 from remat.trace.standin import map_tensors
 
 CPU_SOURCE = "CPU allocator events of the autograd profiler"

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from remat.errors import ApplyError
 from remat.regions.packing import AbstractPacked, Draws, learn_draws, packed_result
-from remat.trace.recorder import is_random, tensors_in, written_by
+from remat.trace.ops import is_random, tensors_in, written_by
 from remat.trace.records import EMPTY_OPS
 from remat.trace.replaying import replaying
 from remat.trace.saved import Kept, is_plain

@@ -22,7 +22,7 @@ import torch
 
 from remat.regions.offload import Board, Copy, Key
 from remat.regions.runtime import RegionRuntime, is_recomputing
-from remat.trace.recorder import nodes_in
+from remat.trace.ops import nodes_in
 
 # Any: a module's arguments and results are the user's own.
 

@@ -24,6 +24,7 @@ from remat.errors import CaptureError, RematError, WorkloadError
 from remat.trace.effects import first_change, visible_state
 from remat.trace.generators import global_states
 from remat.trace.handover import OptimizerPart, note_gradients
+from remat.trace.ops import tensors_in
 from remat.trace.parallel import (
     check_wrapping,
     refuse_wrapped,
@@ -31,7 +32,7 @@ from remat.trace.parallel import (
     swap_data_parallel,
     swap_sharded,
 )
-from remat.trace.recorder import Recorder, tensors_in
+from remat.trace.recorder import Recorder
 from remat.trace.records import (
     ACTIVATIONS,
     BACKWARD,

@@ -17,7 +17,8 @@ from remat.trace.capture import capture
 from remat.trace.checkpoints import AbstractVisitor, CheckpointCall, visited
 from remat.trace.effects import first_change, visible_state
 from remat.trace.generators import global_states
-from remat.trace.recorder import Recorder, tensors_in
+from remat.trace.ops import tensors_in
+from remat.trace.recorder import Recorder
 from remat.trace.records import ACTIVATIONS, Call, StepTrace
 from remat.trace.step import DEFAULT_OPTIMIZER, Loss, OptimizerLike
 

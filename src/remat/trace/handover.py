@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from remat.trace.recorder import Recorder, describe, tensors_in
+from remat.trace.ops import describe, tensors_in
+from remat.trace.recorder import Recorder
 from remat.trace.records import (
     GRADIENTS,
     OPTIMIZER,

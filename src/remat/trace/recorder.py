@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,17 @@ from torch.utils.flop_counter import flop_registry
 from remat.trace.collectives import is_distributed, results_of_collective, unwrapped
 from remat.trace.generators import GlobalStates, global_states
 from remat.trace.leaves import Identities, flatten
+from remat.trace.ops import (
+    describe,
+    device_of_fake,
+    dtype_name,
+    is_random,
+    name_of,
+    nodes_in,
+    tensors_in,
+    written_by,
+    written_to,
+)
 from remat.trace.records import (
     ACTIVATIONS,
     BACKWARD,
@@ -46,7 +57,6 @@ from remat.trace.records import (
     Op,
     OpSignature,
     Storage,
-    TensorMeta,
 )
 from remat.trace.recurrent import as_the_kernel
 from remat.trace.replaying import is_replaying
@@ -65,6 +75,7 @@ from remat.trace.values import (
 # Any: arguments of ops and modules are whatever torch and the user pass.
 
 _SCALAR = torch.ops.aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
 _COPY_OUT = "fsdp::split_with_sizes_copy"  # fills gathered parameters
 
 
@@ -87,29 +98,6 @@ class Packed:
 
     def __del__(self) -> None:
         self.handle.end = max(self.handle.end, self._recorder.tick)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Walk the tensors in nested lists, tuples and mappings, and those inside of wrappers."""
-    if isinstance(value, Tensor):
-        if is_traceable_wrapper_subclass(value):
-            for name in value.__tensor_flatten__()[0]:
-                yield from tensors_in(getattr(value, name))
-        else:
-            yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-
-
-def nodes_in(value: Any) -> Iterator[Any]:
-    """Walk the nodes of autograd's graph that made the tensors in a value; Any: torch's own."""
-    for tensor in tensors_in(value):
-        if tensor.grad_fn is not None:
-            yield tensor.grad_fn
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -359,15 +347,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         self.threads.follow()
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return device_of_fake(args[0])  # autograd asks more often than it runs ops
         if is_distributed(types):
             return NotImplemented  # its own dispatch comes first, and makes ops on what it wraps
         if func.namespace == "c10d" and self.fake_mode is not None:
             return self._skip_collective(func, args, kwargs)
-        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        written = written_to(func, args, kwargs)
         if self.fake_mode is not None and not all(isinstance(t, FakeTensor) for t in written):
             # A real tensor from outside the model, which even `FakeTensorMode` would write to.
             args, kwargs = map_tensors((args, kwargs), self.fake_mode.from_tensor)
-            written = _written(func, args, kwargs)
+            written = written_to(func, args, kwargs)
         shadows = shadow_arguments(args, kwargs) if self.fake_mode is not None else None
         if shadows is not None and func is _SCALAR:
             with _disable_current_modes():
@@ -406,12 +396,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         produced = list(tensors_in(out))
         outputs = [self.register(t, kind) for t in produced]
         fresh = tuple(dict.fromkeys(i for i in outputs if i >= known))
-        if func._schema.name in _RESIZED_RESULTS and fresh and out.numel() == 1:
+        schema_name = func._schema.name
+        if schema_name in _RESIZED_RESULTS and fresh and out.numel() == 1:
             # The storage is that of the loss before it was reduced.
             self.storages[fresh[0]].size_bytes = max(t.numel() for t in tensors) * out.itemsize
-        for tensor, size_bytes in _wider_statistics(func, args, produced):
+        for tensor, size_bytes in _wider_statistics(schema_name, args, produced):
             self.storages[self.register(tensor, kind)].size_bytes = size_bytes
-        if func._schema.name == _COPY_OUT:
+        if schema_name == _COPY_OUT:
             for tensor in tensors_in(kwargs["out"]):
                 self._note_gathered(self.register(tensor, kind))
         # What communication writes to is as it was when it is read.
@@ -419,18 +410,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mutated = [] if is_communication else written_by(func, args, kwargs)
         mutated_ids = tuple(dict.fromkeys(self.register(t, kind) for t in mutated))
         moved = 0
-        if str(func) not in EMPTY_OPS:
+        name = name_of(func)
+        if name not in EMPTY_OPS:
             moved = sum(t.numel() * t.element_size() for t in (*tensors, *produced))
         formula = flop_registry.get(func._overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
         signature = OpSignature(
-            str(func), describe(args), tuple((k, describe(v)) for k, v in kwargs.items())
+            name, describe(args), tuple((k, describe(v)) for k, v in kwargs.items())
         )
         floating = next((t.dtype for t in (*tensors, *produced) if t.is_floating_point()), None)
         self.ops.append(
             Op(
                 self.tick,
-                str(func),
+                name,
                 self.sign(signature),
                 self.call_stack[-1] if self.call_stack else -1,
                 self.phase,
@@ -440,7 +432,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 fresh,
                 mutated_ids,
                 is_random(func, args, kwargs),
-                str(floating).removeprefix("torch.") if floating is not None else "",
+                dtype_name(floating) if floating is not None else "",
             )
         )
 
@@ -455,81 +447,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase_start[phase] = self.tick
 
 
-def is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an op draws random numbers; attention does so only with dropout."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            given = args[position] if position < len(args) else kwargs.get("dropout_p", 0.0)
-            return bool(given != 0.0)
-    return True
-
-
-def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """List the tensors that an op writes to, by its schema or by what is known of it."""
-    if not func._schema.is_mutable:
-        return _batch_norm_statistics(func, args)
-    return _written(func, args, kwargs)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """List the tensors that an op's schema says it writes to."""
-    found: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        found.extend(tensors_in(value))
-    return found
-
-
 # Losses whose kernel reduces into the memory of the unreduced loss, and returns that.
 _RESIZED_RESULTS = frozenset({"aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss"})
 
 
 def _wider_statistics(
-    func: Any, args: tuple[Any, ...], produced: list[Tensor]
+    schema_name: str, args: tuple[Any, ...], produced: list[Tensor]
 ) -> Iterator[tuple[Tensor, int]]:
     """Yield the statistics that BatchNorm saves, with their real bytes.
 
     For inputs of half precision with weights of full precision, as under autocast, kernels save
     them in that of the weights; fakes say that of the input.
     """
-    weight = args[1] if func._schema.name == "aten::native_batch_norm" else None
+    weight = args[1] if schema_name == "aten::native_batch_norm" else None
     if isinstance(weight, Tensor):
         for tensor in produced[1:3]:
             yield tensor, tensor.numel() * max(tensor.itemsize, weight.itemsize)
-
-
-# Ops that update running statistics although their schema does not say so.
-_BATCH_NORM_ARGUMENTS = {
-    "aten::native_batch_norm": (3, 4, 5),
-    "aten::cudnn_batch_norm": (3, 4, 5),
-    "aten::miopen_batch_norm": (3, 4, 5),
-}
-
-
-def _batch_norm_statistics(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
-    where = _BATCH_NORM_ARGUMENTS.get(func._schema.name)
-    if where is None or len(args) <= where[2] or not args[where[2]]:
-        return []
-    return [args[i] for i in where[:2] if isinstance(args[i], Tensor)]
-
-
-def describe(value: Any) -> Any:
-    """Turn an argument into hashable data without tensors."""
-    if isinstance(value, Tensor):
-        return TensorMeta(
-            tuple(value.shape),
-            tuple(value.stride()) if value.layout == torch.strided else (),
-            str(value.dtype).removeprefix("torch."),
-            value.device.type,
-        )
-    if isinstance(value, (list, tuple)):
-        return tuple(describe(item) for item in value)
-    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
-        return str(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return f"<{type(value).__name__}>"

@@ -33,11 +33,11 @@ class Threads:
         """Note that the recorder sees the ops of this thread."""
         self._followed.add(threading.get_ident())
 
-    def is_unseen(self, what: str) -> bool:
-        """Whether this thread is not followed; what it does is noted then."""
+    def is_unseen(self, what: object) -> bool:
+        """Whether this thread is not followed; what it does is noted then, by its name."""
         if threading.get_ident() in self._followed:
             return False
-        self._unseen = self._unseen or what
+        self._unseen = self._unseen or str(what)
         return True
 
     def note_result(self, tensor: Tensor) -> None:
@@ -51,7 +51,7 @@ class Threads:
 
         def dispatched(func: Any, *args: Any, **kwargs: Any) -> Any:
             with self._lock:
-                self.is_unseen(str(func))
+                self.is_unseen(func)
                 return dispatch(func, *args, **kwargs)
 
         mode.dispatch = dispatched  # type: ignore[method-assign]

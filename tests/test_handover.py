@@ -145,3 +145,34 @@ def test_other_gradients_are_traced_again():
     assert taken == capture(model, torch.randn(4, 8), loss=square_mean)
     num = sum(op.phase == OPTIMIZER for op in taken.ops)
     assert 0 < num < sum(op.phase == OPTIMIZER for op in like.ops)
+
+
+class Classifier(nn.Module):
+    """Two blocks and a head whose loss may run in slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(256, dropout=0.0), Block(256, dropout=0.0))
+        self.head = nn.Linear(256, 512)
+
+    def forward(self, x, labels):
+        return nn.functional.cross_entropy(self.head(self.blocks(x)), labels)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "is_floor"), [(torch.optim.AdamW, True), (None, False)], ids=["adamw", "none"]
+)
+def test_no_rewrite_is_traced_where_the_optimizer_fills_the_peak(optimizer, is_floor):
+    """Slices free nothing below what the optimizer needs; the least is told without them."""
+    model, batch = Classifier(), (torch.randn(128, 256), torch.randint(512, (128,)))
+    said = []
+    with pytest.raises(remat.BudgetError) as caught:
+        remat.plan(
+            model, batch, 1, optimizer=optimizer, progress=lambda what, _share: said.append(what)
+        )
+    assert (said.count("tracing one training step") == 1) == is_floor
+    made = remat.plan(model, batch, caught.value.minimum_bytes, optimizer=optimizer)
+    assert made.predicted_peak_bytes <= caught.value.minimum_bytes
+    if is_floor:  # parameters, gradients and two moments, and what one update takes
+        held = 4 * sum(p.nbytes for p in model.parameters())
+        assert held < caught.value.minimum_bytes < held + 4 * model.head.weight.nbytes

@@ -301,16 +301,22 @@ class Fit:
     def _solve(self, budget_bytes: int) -> tuple[Program, Solution, Simulation]:
         """Return the program and choice of the least time within a budget; the plain one first.
 
+        Where a program's least peak is the optimizer's, no other is tried: none would be lower.
+
         Raises
         ------
         BudgetError: if no program that is allowed reaches it.
         """
+        tried: list[Program] = []
         for programs in self._stages():
             found = [(program, program.solve(budget_bytes)) for program in programs]
             solved = [(program, *result) for program, result in found if result is not None]
             if solved:
                 return min(solved, key=lambda item: _seconds(item[0], item[1]))
-        needed, least = _least(p for programs in self._stages() for p in programs)
+            tried += programs
+            if any(program.is_at_floor() for program in programs):
+                break
+        needed, least = _least(tried)
         raise BudgetError(
             budget_bytes,
             needed,

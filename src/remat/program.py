@@ -33,7 +33,8 @@ from remat.prove.snapshot import memory_snapshot
 from remat.regions.apply import has_backward_hooks, host_peak_bytes, install, remove
 from remat.regions.fingerprint import device_type_of
 from remat.trace.capture import capture
-from remat.trace.records import OpSignature, StepTrace
+from remat.trace.handover import OptimizerPart
+from remat.trace.records import CRUMBS_BYTES, OpSignature, StepTrace
 from remat.trace.step import Loss, OptimizerLike
 from remat.units import format_bytes, format_seconds
 
@@ -204,6 +205,18 @@ class Program:
             least = self.solver.least_peak(self._known)
             self._least = least, self.simulate(least.chosen)
         return self._least
+
+    def is_at_floor(self) -> bool:
+        """Whether the least peak is the optimizer's, which no plan and no rewrite changes.
+
+        What is reserved may still become less.
+        """
+        part = OptimizerPart.of(self.trace)
+        if part is None or self.accounting.counts_reserved:
+            return False
+        floor = part.least_peak_bytes(self.cost.op_workspace)
+        # Crumbs are there beside it, and scalars such as the loss take no more.
+        return self.least_peak()[1].peak_bytes <= floor + 2 * CRUMBS_BYTES
 
     def policy(self, policy: AbstractPolicy) -> tuple[Solution, Simulation]:
         """Return the choice that a fixed rule amounts to, and its simulation."""

@@ -14,14 +14,16 @@ Otherwise it is traced again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from remat.trace.ops import describe, tensors_in
 from remat.trace.recorder import Recorder
 from remat.trace.records import (
+    BASE_KINDS,
     GRADIENTS,
     OPTIMIZER,
     Handover,
@@ -86,6 +88,26 @@ class OptimizerPart:
         """Whether an optimizer is given the same gradients, but for their memory."""
         ours = self.handover
         return ours.metas == handover.metas and _ranks(ours) == _ranks(handover)
+
+    def least_peak_bytes(self, op_workspace: Sequence[int]) -> int:
+        """Return the most bytes that the optimizer needs alive at once, whatever ran before it.
+
+        `op_workspace` are bytes that kernels take beside, for each op of the trace.
+        """
+        trace, first = self.trace, self.handover.num_storages
+        gradients = {s: trace.storages[s].size_bytes for s in self.handover.gradients}
+        changes = np.zeros(trace.num_ticks + 2, dtype=np.int64)
+        changes[trace.phase_start[OPTIMIZER]] = trace.base_bytes + sum(gradients.values())
+        for storage in trace.storages[first:]:
+            if storage.kind not in BASE_KINDS:
+                for start, end in storage.intervals:
+                    changes[start] += storage.size_bytes
+                    changes[end + 1] -= storage.size_bytes
+        alive = np.cumsum(changes)
+        for op, size in zip(trace.ops, op_workspace, strict=True):
+            if op.phase == OPTIMIZER:
+                alive[op.tick] += size
+        return int(alive.max())
 
     def take_over(self, recorder: Recorder, handover: Handover) -> None:
         """Write the optimizer's part at the end of a record that has come to its gradients."""

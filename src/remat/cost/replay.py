@@ -15,13 +15,17 @@ _UNSAFE = ("rnn", "lstm", "gru")
 _RECURRENT = "aten.mkldnn_rnn_layer.default"
 _RECURRENT_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
 
+# Drawing random numbers takes longer than many kernels that read them.
+_NUM_VALUES = 2**16
+
 # Any: arguments of ops are of many types.
 
 
 def replay(signature: OpSignature, device: torch.device) -> Callable[[], Any] | None:
     """Return a function that runs the op; `None` if it cannot be run alone.
 
-    Floating point inputs are random, integers zero (valid as indices), booleans true.
+    Floating point inputs are random numbers, a few over and over, integers zero (valid as indices),
+    booleans true.
     """
     operator = find_operator(signature.name)
     is_known = signature.name in (_RECURRENT, _RECURRENT_BACKWARD)
@@ -94,7 +98,8 @@ def _tensor(meta: TensorMeta, device: torch.device) -> Tensor:
     # Expanded tensors have fewer elements in memory than in their shape.
     span = 1 + sum((n - 1) * step for n, step in zip(meta.shape, meta.stride, strict=True))
     if dtype.is_floating_point or dtype.is_complex:
-        flat = torch.randn(span, device=device).to(dtype)
+        few = torch.randn(min(span, _NUM_VALUES), device=device).to(dtype)
+        flat = few.repeat(-(-span // _NUM_VALUES))[:span]
     else:
         flat = torch.full((span,), dtype is torch.bool, dtype=dtype, device=device)
     return flat.as_strided(meta.shape, meta.stride)

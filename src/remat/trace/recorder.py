@@ -60,7 +60,7 @@ from remat.trace.records import (
 )
 from remat.trace.recurrent import as_the_kernel
 from remat.trace.replaying import is_replaying
-from remat.trace.saved import version_check
+from remat.trace.saved import Versions
 from remat.trace.standin import map_tensors
 from remat.trace.threads import Threads
 from remat.trace.values import (
@@ -131,6 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stand_ins: dict[int, Handle] = {}  # address -> saved tensor that it stands for
         self._call_counts: dict[str, int] = {}
         self._identities = Identities()
+        self._versions = Versions()
 
     # -- storages ---------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         handle = Handle(index, call, self.tick, ops_before=len(self.ops))
         self.handles.append(handle)
         stays = self.storages[index].birth == 0 or index in self._gathered
-        check = version_check(tensor)
+        check = self._versions.check_of(tensor)
         if stays or not self.drop_saved:
             return Packed(self, handle, lambda: tensor, check)
         stand_in = self._stand_in(inner, index, handle)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from remat.trace.ops import device_of_fake
+
 _is_checked: ContextVar[bool] = ContextVar("_is_checked", default=True)
 
 
@@ -44,19 +46,33 @@ class Kept:
         return self.tensor
 
 
-def version_check(tensor: Tensor) -> Callable[[], None]:
-    """Return what raises if a tensor was written to since now; it holds none of its memory."""
-    if not _is_checked.get() or not is_plain(tensor):
-        return lambda: None
-    fake_mode = tensor.fake_mode if isinstance(tensor, FakeTensor) else contextlib.nullcontext()
-    with _disable_current_modes(), torch.no_grad():
-        with fake_mode:
-            nothing = torch.empty(0, device=tensor.device)
-        with torch._C._DisableTorchDispatch():
+class Versions:
+    """Tell of tensors of one trace whether they are written to after they were saved."""
+
+    def __init__(self) -> None:
+        self._nothing: dict[torch.device, Tensor] = {}
+
+    def check_of(self, tensor: Tensor) -> Callable[[], None]:
+        """Return what raises if a tensor was written to since now; it holds none of its memory."""
+        if not _is_checked.get() or not is_plain(tensor):
+            return lambda: None
+        nothing = self._nothing_like(tensor)
+        with torch.no_grad(), torch._C._DisableTorchDispatch():
             counter = tensor.detach()  # counts its versions together with the tensor
             counter.data = nothing.detach()
-    version, shape = tensor._version, tuple(tensor.shape)
-    return lambda: _check_version(counter, version, shape)
+        version, shape = tensor._version, tuple(tensor.shape)
+        return lambda: _check_version(counter, version, shape)
+
+    def _nothing_like(self, tensor: Tensor) -> Tensor:
+        """Return an empty tensor, fake where the given one is; it is made once for a device."""
+        is_fake = isinstance(tensor, FakeTensor)
+        device = device_of_fake(tensor) if is_fake else tensor.device
+        known = self._nothing.get(device)
+        if known is None or isinstance(known, FakeTensor) is not is_fake:
+            mode = tensor.fake_mode if is_fake else contextlib.nullcontext()
+            with _disable_current_modes(), torch.no_grad(), mode:
+                known = self._nothing[device] = torch.empty(0, device=device)
+        return known
 
 
 def _check_version(tensor: Tensor, version: int, shape: tuple[int, ...]) -> None:

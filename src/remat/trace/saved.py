@@ -65,11 +65,11 @@ class Versions:
 
     def _nothing_like(self, tensor: Tensor) -> Tensor:
         """Return an empty tensor, fake where the given one is; it is made once for a device."""
-        is_fake = isinstance(tensor, FakeTensor)
-        device = device_of_fake(tensor) if is_fake else tensor.device
+        fake = tensor if isinstance(tensor, FakeTensor) else None
+        device = tensor.device if fake is None else device_of_fake(fake)
         known = self._nothing.get(device)
-        if known is None or isinstance(known, FakeTensor) is not is_fake:
-            mode = tensor.fake_mode if is_fake else contextlib.nullcontext()
+        if known is None or isinstance(known, FakeTensor) is (fake is None):
+            mode = fake.fake_mode if fake is not None else contextlib.nullcontext()
             with _disable_current_modes(), torch.no_grad(), mode:
                 known = self._nothing[device] = torch.empty(0, device=device)
         return known

@@ -52,7 +52,7 @@ CHAIN_BLOCKS = (25, 50, 100, 200, 400, 800)
 QUICK = {"llama": (2, 4), "chain": (4, 8), "tuples": (4, 8), "resnet1202": ()}
 FULL = {
     "chain": CHAIN_BLOCKS,
-    "tuples": CHAIN_BLOCKS[:4],
+    "tuples": CHAIN_BLOCKS,
     "resnet1202": (1202,),
     "llama": LLAMA_LAYERS,
 }

@@ -310,6 +310,30 @@ def test_interrupt_exits_130_and_leaves_no_file(write_workload, tmp_path):
     assert set(tmp_path.iterdir()) - {tmp_path / "__pycache__"} == before
 
 
+def test_interrupt_that_was_swallowed_is_told_again(run_cli, write_workload):
+    """As by a destructor or a library's callback that was running when it came."""
+    path = write_workload(
+        """
+        import signal
+        import torch
+        import remat
+        def build():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+            return torch.nn.Linear(4, 4)
+        workload = remat.Workload(
+            name="tiny", model=build, train_data=[torch.randn(8, 4)],
+            loss=lambda model, batch: model(batch).square().mean(),
+        )
+        """
+    )
+    ended = run_cli("plan", path, "-b", "90%")
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.err.endswith(INTERRUPTED)
+
+
 @pytest.mark.slow
 def test_interrupt_of_an_evaluation_leaves_a_run_that_can_be_read(write_workload, tmp_path):
     """Ctrl-C in the middle of an evaluation leaves a whole run.json that says unfinished."""

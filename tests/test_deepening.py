@@ -68,9 +68,12 @@ def traced(make, depth, device="cpu") -> StepTrace:
 
 
 def what_it_says(trace: StepTrace) -> dict[str, object]:
-    """Everything in a trace but the shapes that an op over all parameters was called with."""
+    """Everything in a trace but the shapes that an op over all parameters was called with.
+
+    Nor what a trace of the same step may take over: that is for traces that were recorded.
+    """
     fields = {f.name: getattr(trace, f.name) for f in dataclasses.fields(trace)}
-    del fields["signatures"]
+    del fields["signatures"], fields["handover"]
     return fields
 
 

@@ -28,6 +28,7 @@ from remat.cli import (
     sweep,
     verify,
 )
+from remat.cli.interrupts import remembered
 from remat.cli.screen import show_warning
 
 _DEBUG_FLAG = "--debug"
@@ -66,7 +67,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     is_debug = _DEBUG_FLAG in options or os.environ.get(_DEBUG_VARIABLE, "") not in ("", "0")
     as_json = "--json" in options
     words = [word for word in words if word != _DEBUG_FLAG] or ["--help"]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), remembered():
         warnings.showwarning = show_warning
         try:
             code = _command()(words, prog_name="remat", standalone_mode=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Self
 
+from remat.cli.interrupts import raise_again
 from remat.cli.screen import err
 from remat.units import format_seconds
 
@@ -46,6 +47,7 @@ class ProgressBars:
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         """Say how far a stage is; the stages before it are taken to be over."""
+        raise_again()
         if stage not in self._stages:
             self._begin(stage, total)
         task = self._stages[stage]
@@ -57,6 +59,7 @@ class ProgressBars:
 
         What is done in several rounds may report smaller shares again: the bar never goes back.
         """
+        raise_again()
         if share >= 1:  # the end of a round; the end of all is when the block is left
             return
         self._share = max(self._share, share)

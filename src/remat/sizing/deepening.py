@@ -114,6 +114,7 @@ class _Stretch:
             replayed_ticks=[self._moved(tick) for tick in trace.replayed_ticks],
             num_ticks=self._moved(trace.num_ticks),
             phase_start={phase: self._moved(tick) for phase, tick in trace.phase_start.items()},
+            handover=None,
         )
         for field in ("buffer_names", "parameter_names"):
             names: dict[int, tuple[str, ...]] = {}

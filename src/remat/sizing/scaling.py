@@ -114,7 +114,7 @@ class ScaledTraces:
             )
             for a, b in zip(self.small.ops, self.large.ops, strict=True)
         ]
-        return dataclasses.replace(self.small, storages=storages, ops=ops)
+        return dataclasses.replace(self.small, storages=storages, ops=ops, handover=None)
 
 
 def _storage(storage: Storage, size_bytes: int) -> Storage:

@@ -70,4 +70,4 @@ def shard(trace: StepTrace, num_shards: int) -> StepTrace:
             made.size_bytes = -(-storage.size_bytes // num_shards)
         storages.append(made)
     buffer = Storage(gathered_bytes(trace), BUFFERS, 0, -1, [(0, trace.num_ticks - 1)])
-    return dataclasses.replace(trace, storages=[*storages, buffer])
+    return dataclasses.replace(trace, storages=[*storages, buffer], handover=None)

@@ -209,7 +209,7 @@ class StepTrace:
     notes: list[str] = field(default_factory=list)
     parameter_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
     replayed_ticks: list[int] = field(default_factory=list)  # ops of a forward run in backward
-    handover: Handover | None = None  # of traces on fakes
+    handover: Handover | None = None  # of traces on fakes, not of those that follow from others
 
     @property
     def base_bytes(self) -> int:

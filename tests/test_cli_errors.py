@@ -310,6 +310,15 @@ def test_interrupt_exits_130_and_leaves_no_file(write_workload, tmp_path):
     assert set(tmp_path.iterdir()) - {tmp_path / "__pycache__"} == before
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """A shell that starts the tests in the background has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_interrupt_that_was_swallowed_is_told_again(run_cli, write_workload):
     """As by a destructor or a library's callback that was running when it came."""
     path = write_workload(

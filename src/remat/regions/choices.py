@@ -11,7 +11,6 @@ drawn all the same, so that the generator moves as it did.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self
 
+from remat.trace.ops import name_of
 from remat.trace.records import CHOOSING_OPS
 
 # Any: ops and their arguments are torch's own, without types.
@@ -83,12 +83,7 @@ class ChoosingAgain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _chooses(func: Any, args: tuple[Any, ...]) -> bool:
-    return _is_choosing(func) and args[0].is_floating_point()
-
-
-@functools.cache
-def _is_choosing(func: Any) -> bool:
-    return str(func) in CHOOSING_OPS
+    return name_of(func) in CHOOSING_OPS and args[0].is_floating_point()
 
 
 def _dimension(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

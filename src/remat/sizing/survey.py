@@ -182,6 +182,7 @@ class Sizer:
         if subject.is_affine:
             self._scaled = self._between(subject.small, subject.large)
         self._at = functools.lru_cache(maxsize=8)(self._program)
+        self._floor = functools.lru_cache(maxsize=8)(self._base_bytes)
 
     def _between(self, small: int, large: int) -> ScaledTraces:
         first, second = (self._subject.trace(self._target, size) for size in (small, large))
@@ -191,7 +192,7 @@ class Sizer:
         """Whether what no choice avoids fits: parameters, optimizer state, buffers, the batch."""
         return self._floor(size) <= self.available_bytes
 
-    def _floor(self, size: int) -> int:
+    def _base_bytes(self, size: int) -> int:
         return shard(self._trace(size), self._subject.shards).base_bytes
 
     def _trace(self, size: int) -> StepTrace:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import subprocess
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Before torch, Transformers and rich are imported: no look-ups, one thread, screens of one width.
 os.environ.update(
@@ -196,6 +198,36 @@ def run_process() -> Callable[..., Result]:
         return Result(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_pair(run_process: Callable[..., Result]) -> Callable[..., Result]:
+    """Run a script with ARGUMENTS in two processes, as torchrun does; it must end well."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch has no distributed package")
+
+    def run(script: Path, *arguments: object) -> Result:
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+        done = run_process(*launcher, script, *arguments)
+        assert done.code == 0, done.err
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def found_by_pair(
+    run_pair: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path], dict[str, tuple[Any, ...]]]:
+    """Run a worker that writes what each process found: {name: (that of rank 0, of rank 1)}."""
+
+    def find(worker: Path) -> dict[str, tuple[Any, ...]]:
+        folder = tmp_path_factory.mktemp("found")
+        run_pair(worker, folder)
+        ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+        return {name: tuple(rank[name] for rank in ranks) for name in ranks[0]}
+
+    return find
 
 
 TINY_WORKLOAD = """

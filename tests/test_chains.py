@@ -167,7 +167,7 @@ def recursions_of(model, batch, optimizer=None):
     trace = capture(model, batch, loss=square_mean, optimizer=optimizer)
     cost = cost_step(trace, CostModel(device=find_device("cpu")))
     facts = Facts(trace, cost)
-    plans = find_recursions(facts, Timeline(facts.trace, facts.cost, ()))
+    (plans,) = find_recursions(facts, Timeline(facts.trace, facts.cost, ()))
     return facts, [(*_peak_and_cost(facts, p), sum(o.seconds for o in p)) for p in plans]
 
 

@@ -66,3 +66,9 @@ def test_schema_is_as_the_snapshot(run_cli, name):
     """A file format changes only on purpose, and then its schema_version is thought about."""
     skip_unless_pinned("pydantic")
     check_snapshot(f"schema_{name}.json", run_cli("schema", name).out)
+
+
+def test_package_runs_as_a_module(run_process, run_cli):
+    """`python -m remat` is the command line, with its exit codes."""
+    assert run_process("-m", "remat", "--version").out == run_cli("--version").out
+    assert run_process("-m", "remat", "plan").code == 2

@@ -44,6 +44,7 @@ FLOORS = (
     {"calibrating"},
     {"evaluation"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

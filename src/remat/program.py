@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -111,12 +111,11 @@ class Program:
         options = [option for option in found.options if not self._holds_slices(option)]
         place = {o.parts[0].span: p for p, o in enumerate(options) if o.is_recomputed}
         bare = Timeline(self.trace, self.cost, ())
-        recursions = [
-            plan
-            for plan in ([] if only_blocks else find_recursions(facts, bare))
-            if not any(self._holds_slices(option) or self._holds_hooks(option) for option in plan)
+        chains = [
+            [plan for plan in plans if self._may_be_put_on(plan)]
+            for plans in (() if only_blocks else find_recursions(facts, bare))
         ]
-        for option in itertools.chain.from_iterable(recursions):
+        for option in chain.from_iterable(chain.from_iterable(chains)):
             if option.parts[0].span not in place:
                 place[option.parts[0].span] = len(options)
                 options.append(option)
@@ -128,13 +127,15 @@ class Program:
         self.options: tuple[Option, ...] = tuple(options)
         self.hazards = found.hazards
         self.timeline = bare.with_options(self.options)
-        # Plans of whole chains, one chain each.
-        self.chain_plans = tuple(
-            frozenset(place[o.parts[0].span] for o in plan) for plan in recursions
-        )
+        plans_of = [
+            tuple(frozenset(place[o.parts[0].span] for o in plan) for plan in plans)
+            for plans in chains
+            if plans
+        ]
+        self.chain_plans = tuple(chain.from_iterable(plans_of))
         self.solver = Solver(
             self.timeline, time_limit_s=time_limit_s, host_budget_bytes=host_budget_bytes,
-            folding=fold(self.trace, self.options, blocks, self.chain_plans),
+            folding=fold(self.trace, self.options, blocks, plans_of),
         )  # fmt: skip
         self.blocks = tuple(place[span] for c in blocks if (span := Span((c,))) in place)
         self._keep_all = self.timeline.curve(())
@@ -144,7 +145,7 @@ class Program:
         ]
         self._known += self.chain_plans
         self._simulated: dict[frozenset[int], Simulation] = {}
-        self._least: tuple[Solution, Simulation] | None = None
+        self._least: Solution | None = None
         self._keep_all_needed: int | None = None
 
     @property
@@ -164,6 +165,9 @@ class Program:
         """
         starts = self._sliced_starts + ([] if option.is_recomputed else self._token_starts)
         return any(option.start <= start <= option.end for start in starts)
+
+    def _may_be_put_on(self, plan: tuple[Option, ...]) -> bool:
+        return not any(self._holds_slices(option) or self._holds_hooks(option) for option in plan)
 
     def _holds_hooks(self, option: Option) -> bool:
         """Whether a member of a run has backward hooks, which would fire twice."""
@@ -185,7 +189,7 @@ class Program:
         allowed = self.accounting.allowed_bytes(budget_bytes)
         remaining = self.solver.deadline()
         for _ in range(_MOST_REPAIRS):
-            solution = self._cheapest(allowed, remaining)
+            solution = self.cheapest(allowed, remaining=remaining)
             if solution is None:
                 break
             simulation = self.simulate(solution.chosen)
@@ -200,10 +204,14 @@ class Program:
 
     def least_peak(self) -> tuple[Solution, Simulation]:
         """Return the choice of the least peak that is found, and its simulation."""
+        least = self.least_choice()
+        return least, self.simulate(least.chosen)
+
+    def least_choice(self) -> Solution:
+        """Return the choice of the least peak by the timeline; it is looked for once."""
         if self._least is None:
             self._report("looking for the least peak", 0.7)
-            least = self.solver.least_peak(self._known)
-            self._least = least, self.simulate(least.chosen)
+            self._least = self.solver.least_peak(self._known)
         return self._least
 
     def is_at_floor(self) -> bool:
@@ -227,9 +235,12 @@ class Program:
         )  # fmt: skip
         return solution, self.simulate(chosen)
 
-    def _cheapest(self, allowed: int, remaining: Callable[[], float]) -> Solution | None:
+    def cheapest(
+        self, allowed: int, *, remaining: Callable[[], float] | None = None
+    ) -> Solution | None:
+        """Return the cheapest choice whose timeline keeps so many bytes, `None` if none does."""
         self._report("choosing what to recompute", 0.6)
-        known = [*self._known, *([self._least[0].chosen] if self._least is not None else [])]
+        known = [*self._known, *([self._least.chosen] if self._least is not None else [])]
         return self.solver.cheapest(allowed, known, remaining=remaining)
 
     # -- simulation -------------------------------------------------------------------------------

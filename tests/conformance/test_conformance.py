@@ -77,15 +77,10 @@ def test_compiled_verdicts_are_those_of_the_page(title):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
-def test_verdicts_of_two_processes_are_those_of_the_page(run_process, tmp_path):
+def test_verdicts_of_two_processes_are_those_of_the_page(run_pair, tmp_path):
     """DDP and FSDP2 on gloo: each tool's verdict is as the page says, and ours is identical."""
     path = tmp_path / "found.json"
-    done = run_process(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", WORKER, path,
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert done.code == 0, done.err
+    run_pair(WORKER, path)
     found, said = json.loads(path.read_text()), table("torch, reentrant")
     assert set(found) == set(said) == {case.name for case in WRAPPINGS}
     for name, cells in found.items():

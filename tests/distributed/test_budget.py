@@ -15,25 +15,13 @@ from tests.distributed.worker import step_of, uneven_model_and_batches
 WORKER = Path(__file__).parent / "budget_worker.py"
 WRAPPINGS = ("ddp", "ddp views", "fsdp", "fsdp kept", "fsdp bf16")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not torch.distributed.is_available(), reason="torch has no distributed package"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, run_process):
+def found(found_by_pair):
     """What each of two processes found of each wrapping: {wrapping: (rank 0, rank 1)}."""
-    folder = tmp_path_factory.mktemp("found")
-    done = run_process(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", WORKER, folder,
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    return {name: tuple(rank[name] for rank in ranks) for name in ranks[0]}
+    return found_by_pair(WORKER)
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)

@@ -15,17 +15,12 @@ WORKER = Path(__file__).parent / "worker.py"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 @pytest.mark.parametrize(
     ("kind", "order"), [("ddp", "before"), ("fsdp", "before"), ("fsdp", "after")]
 )
-def test_gradients_are_those_of_one_process(run_process, tmp_path, kind, order):
+def test_gradients_are_those_of_one_process(run_pair, tmp_path, kind, order):
     """A plan put on before or after wrapping: the mean of both gradients, less memory."""
-    done = run_process(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", WORKER, kind, order,
-        tmp_path, OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert done.code == 0, done.err
+    run_pair(WORKER, kind, order, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     model, batches = model_and_batches()
     for rank, batch in enumerate(batches):

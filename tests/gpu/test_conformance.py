@@ -62,13 +62,10 @@ def test_row_7_randomness_on_a_second_device(make):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_row_10_statistics_that_processes_share(run_process, tmp_path):
+def test_row_10_statistics_that_processes_share(run_pair, tmp_path):
     """SyncBN under NCCL: statistics are updated once, gradients are those without a plan."""
     path = tmp_path / "found.json"
-    done = run_process(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", WORKER, path
-    )
-    assert done.code == 0, done.err
+    run_pair(WORKER, path)
     assert json.loads(path.read_text()) == verdicts.IDENTICAL
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 
 WORKER = Path(__file__).parent / "sharded_worker.py"
 # Bytes of the batches that loaders fetch ahead: in the plan, and outside of what is measured.
@@ -23,27 +21,15 @@ AHEAD = {
 }
 KEYS = ("budgets", "predicted")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not torch.distributed.is_available(), reason="torch has no distributed package"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, run_process):
+def found(found_by_pair):
     """What each of two processes found: {training: ((planned, plain) of rank 0, of rank 1)}."""
     for name in ("transformers", "accelerate", "pytorch_lightning"):
         pytest.importorskip(name, reason=f"{name} is not installed")
-    folder = tmp_path_factory.mktemp("sharded")
-    done = run_process(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", WORKER, folder,
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    return {name: tuple(rank[name] for rank in ranks) for name in ranks[0]}
+    return found_by_pair(WORKER)
 
 
 @pytest.mark.parametrize("training", AHEAD)

@@ -2,14 +2,19 @@
 
 A programme over hundreds of blocks has thousands of columns, and a search through them takes
 minutes that no budget is worth. So consecutive blocks with the same ops on the same shapes are cut
-into groups, and each column of the programme stands for one decision about a whole group; every
-plan of a whole chain is a column as well. That leaves out plans that treat
-blocks of a group differently, so what is found is no longer the optimum over all options, but each
-choice is one of the unfolded programme, and its peak is exact.
+into groups, and each column of the programme stands for one decision about a whole group. That
+leaves out plans that treat blocks of a group differently, so what is found is no longer the optimum
+over all options, but each choice is one of the unfolded programme, and its peak is exact.
+
+A plan of a whole chain excludes all else that the chain could do. Where there is one chain, such
+plans and the runs they are made of are no columns: they would stand in every row, which takes the
+search several times as long, and found nothing that the plans themselves, as candidates, are not.
+Where there are several chains, each plan is a column, to be chosen together with those of others.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +32,7 @@ MOST_GROUPS = 64
 class Folding:
     """Columns of a programme, each a set of options (their positions) that are chosen together.
 
-    The members of a column never exclude each other; one option may be in several columns.
+    The members of a column never exclude each other; one option may be in several columns, or none.
     """
 
     columns: tuple[tuple[int, ...], ...]
@@ -90,14 +95,14 @@ def fold(
     trace: StepTrace,
     options: Sequence[Option],
     blocks: Sequence[int],
-    plans: Iterable[frozenset[int]],
+    chains: Sequence[Sequence[frozenset[int]]],
 ) -> Folding | None:
     """Fold the options of a model with more than `MOST_GROUPS` blocks; `None` if it has fewer.
 
     Arguments
     ---------
     blocks: calls, in order.
-    plans: options that make up a plan of a whole chain; each plan is one column as well.
+    chains: for each chain, its plans: options that are chosen together.
     """
     if len(blocks) <= MOST_GROUPS:
         return None
@@ -114,8 +119,9 @@ def fold(
                 option.host_bytes, _offloaded(option),
             )  # fmt: skip
             members.setdefault(key, []).append(position)
-        else:
+        elif len(chains) != 1 or not option.parts[0].region.followers:
             members[position] = [position]
+    plans = itertools.chain.from_iterable(chains if len(chains) > 1 else ())
     columns = tuple(
         dict.fromkeys((*map(tuple, members.values()), *(tuple(sorted(plan)) for plan in plans)))
     )

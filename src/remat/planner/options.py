@@ -355,9 +355,10 @@ class OptionBuilder:
         for part in parts:
             most, remains = self._replay_bytes(part, parts)
             # While it runs again, the present random state is kept aside, buffers are copies, and
-            # the regions inside that begin take their snapshots a second time.
+            # the regions inside that begin keep what they start from and choose a second time.
             most += self._snapshot_bytes(part)
-            most += sum(self._snapshot_bytes(p) for p in parts if _begins_in(part, p, parts))
+            inner = [p for p in parts if _begins_in(part, p, parts)]
+            most += sum(size for _, _, size in self._snapshots(inner))
             # What the recomputations around it, at the same moment, have made is not alive before.
             around = part.parent
             same = left[around] if around >= 0 and parts[around].back_at == part.back_at else 0

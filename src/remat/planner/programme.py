@@ -135,7 +135,7 @@ class Programme:
             peak_bytes=peak,
             is_infeasible=infeasible,
             is_cut_short=status != highspy.HighsModelStatus.kOptimal,
-            work=int(info.mip_node_count) * nonzeros,
+            work=max(1, int(info.mip_node_count)) * nonzeros,
         )
 
     def _interrupt_after(self, seconds: float) -> None:

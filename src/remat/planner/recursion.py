@@ -61,11 +61,11 @@ class Stages:
         return _longest_alike(self) == (0, len(self.calls))
 
 
-def find_recursions(facts: Facts, bare: Timeline) -> tuple[tuple[Option, ...], ...]:
-    """Return plans for every long chain of a step: nested ones and tilings by runs of one length.
+def find_recursions(facts: Facts, bare: Timeline) -> tuple[tuple[tuple[Option, ...], ...], ...]:
+    """Return, for every long chain of a step, its plans: nested ones, and runs of one length.
 
-    Of each chain those that no other plan for it beats in both peak and cost. `bare` is the step's
-    timeline, with any options.
+    Of each chain those that no other plan for it beats in both peak and cost; chains without any
+    are left out. `bare` is the step's timeline, with any options.
     """
     refused: dict[Span, bool] = {}
 
@@ -77,14 +77,14 @@ def find_recursions(facts: Facts, bare: Timeline) -> tuple[tuple[Option, ...], .
                 return False
         return True
 
-    found: list[tuple[Option, ...]] = []
+    found = []
     for chain in find_chains(facts.trace):
         first, stop = facts.handles(Span(chain))
         if len(chain) >= _SHORTEST_CHAIN and stop > first:
             forests = [tuple(Span(run) for run in runs) for runs in tilings(chain)]
             forests += find_forests(bare, facts, chain)
-            found += _unbeaten(facts, bare, [f for f in forests if may_run(f)])
-    return tuple(found)
+            found.append(tuple(_unbeaten(facts, bare, [f for f in forests if may_run(f)])))
+    return tuple(filter(None, found))
 
 
 def _unbeaten(facts: Facts, bare: Timeline, forests: list[Forest]) -> Iterator[tuple[Option, ...]]:

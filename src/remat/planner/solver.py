@@ -116,15 +116,19 @@ class Solver:
         best = self._least_of((frozenset(), *candidates))
         ticks = {tick for tick, _ in self.violations(self.timeline.curve(()), best.peak_bytes)}
         deadline = self._clock() + self._time_limit_s
-        solves = 0
+        solves, work = 0, self.most_work
         outcome = Outcome.TIMED_OUT
         while (remaining := deadline - self._clock()) > 0:
+            if work <= 0:
+                outcome = Outcome.FEASIBLE
+                break
             programme = self.programme(ticks, None)
             self.start(programme, best)
             result = programme.solve(
-                relative_gap=_GAPS[-1], most_work=self.most_work, time_limit_s=remaining
+                relative_gap=_GAPS[-1], most_work=work, time_limit_s=remaining
             )
             solves += 1
+            work -= result.work
             chosen = self.chosen(result)
             if chosen is None:
                 break
@@ -287,7 +291,8 @@ class _Search:
             self._solves += 1
             self._work -= result.work
             if result.is_infeasible:
-                return self.ended(Outcome.FEASIBLE) if self._slack else None
+                # Not every choice is one of columns: a candidate may still fit.
+                return self.ended(Outcome.FEASIBLE)
             if not self._slack:
                 self._bound = max(self._bound, result.bound)
             chosen = self._solver.chosen(result)

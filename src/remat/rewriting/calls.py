@@ -56,9 +56,13 @@ def sliced_blocks(plain: Program, step: Step) -> tuple[Rewrite, ...]:
         if not places or not _is_row_wise(step.model, name, calls[name], places):
             _log.info("block %r cannot run in slices of the batch", name)
             continue
-        rewrite = _rewrite(step.model, name, calls[name], places, len(names))
         chooses = any(map(trace.chooses, trace.ops[call.first_op : call.stop_op]))
-        found.append(rewrite.model_copy(update={"keeps_choices": chooses}))
+        found.append(
+            _rewrite(
+                step.model, name, calls[name], places,
+                num_blocks=len(names), keeps_choices=chooses,
+            )
+        )  # fmt: skip
     return tuple(found)
 
 
@@ -174,7 +178,13 @@ def _close(together: Any, apart: Any) -> bool:
 
 
 def _rewrite(
-    model: nn.Module, name: str, call: tuple[Any, Any], places: tuple[int, ...], num_blocks: int
+    model: nn.Module,
+    name: str,
+    call: tuple[Any, Any],
+    places: tuple[int, ...],
+    *,
+    num_blocks: int,
+    keeps_choices: bool,
 ) -> Rewrite:
     first = tree_flatten(call)[0][places[0]]
     num_slices = min(MOST_SLICES, first.shape[0])
@@ -191,6 +201,7 @@ def _rewrite(
             num_summands=first.numel() // first.shape[-1] + first.shape[-1],
             num_slices=num_slices * num_blocks,
         ),
+        keeps_choices=keeps_choices,
     )
 
 

@@ -254,7 +254,7 @@ class Sizer:
         known = [_least(m, program) for m in Mode]
         allowed = program.accounting.allowed_bytes(self.available_bytes)
         for _ in range(4):
-            found = program.solver.cheapest(allowed, known)
+            found = program.cheapest(allowed)
             if found is None:
                 break
             excess = needed_bytes(program, found.chosen) - self.available_bytes
@@ -280,7 +280,7 @@ def _least(mode: Mode, program: Program) -> frozenset[int]:
         return frozenset()
     if mode is Mode.ALL_BLOCKS:
         return frozenset(program.blocks)
-    return program.solver.least_peak([frozenset(program.blocks)]).chosen
+    return program.least_choice().chosen
 
 
 def _device_sizes(subject: Subject, device: Device) -> tuple[list[Size], str]:

@@ -13,7 +13,6 @@ from torch import nn
 import remat
 from remat.cost.devices import load_devices
 from remat.fit import Fit
-from remat.sizing.estimate import needed_bytes
 from remat.sizing.prices import load_prices
 from remat.sizing.records import Mode, Survey
 from remat.sizing.scaling import ScaledTraces, num_examples, with_examples
@@ -93,7 +92,7 @@ def test_traces_of_other_ops_are_not_mixed():
 def test_estimate_equals_the_simulation_where_nothing_is_recomputed():
     """Reserved bytes from the timeline are those of a simulated step."""
     fit = Fit(model(), batch(8), loss=loss, device=A100)
-    assert needed_bytes(fit.plain, ()) == fit.keep_all_peak_bytes
+    assert fit.plain.estimated(()) == fit.keep_all_peak_bytes
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 10, 999, 1000])
@@ -138,7 +137,7 @@ def test_largest_size_fits_and_one_more_does_not(mode):
 
     def needed(size):
         fit = Fit(model(), batch(size), loss=loss, device=small)
-        return needed_bytes(fit.plain, fit.plain.blocks if mode is Mode.ALL_BLOCKS else ())
+        return fit.plain.estimated(fit.plain.blocks if mode is Mode.ALL_BLOCKS else ())
 
     assert needed(largest) <= small.available_bytes < needed(largest + 1)
 
@@ -306,7 +305,7 @@ def needs(made: Subject, size: int) -> int:
         made.model_of(size), made.make_batch(size), loss=made.loss, optimizer=made.optimizer,
         device=device(10_000), chunks=False,
     )  # fmt: skip
-    return needed_bytes(fit.plain, ())
+    return fit.plain.estimated(())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -26,8 +27,10 @@ from remat.planner.records import Outcome, Region, Rewrite, RewriteKind
 from remat.planner.recursion import find_recursions
 from remat.planner.solver import Solution, Solver
 from remat.planner.spans import Facts, Span
+from remat.planner.tightening import bracket, tighten
 from remat.planner.timeline import Timeline
 from remat.prove.accounting import Accounting, target_of
+from remat.prove.expected import timeline_events
 from remat.prove.records import Simulation
 from remat.prove.snapshot import memory_snapshot
 from remat.regions.apply import has_backward_hooks, host_peak_bytes, install, remove
@@ -40,9 +43,11 @@ from remat.units import format_bytes, format_seconds
 
 # Any: batches are the user's own types.
 
-_log = logging.getLogger(__name__)
-
 _MOST_REPAIRS = 6
+# Where what counts is reserved: searches, known choices that are estimated, and those of them that
+# are traced; what is estimated may be above what the trace gives by a few percent.
+_MOST_TRIED, _MOST_TRACED = 8, 2
+_LIKELY = 1.05
 
 Report = Callable[[str, float], None]
 
@@ -145,7 +150,9 @@ class Program:
         ]
         self._known += self.chain_plans
         self._simulated: dict[frozenset[int], Simulation] = {}
+        self._estimated: dict[frozenset[int], int] = {}
         self._least: Solution | None = None
+        self._least_reserved: Solution | None = None
         self._keep_all_needed: int | None = None
 
     @property
@@ -182,29 +189,74 @@ class Program:
     # -- search -----------------------------------------------------------------------------------
 
     def solve(self, budget_bytes: int) -> tuple[Solution, Simulation] | None:
-        """Solve, simulate the solution, and tighten until the simulation keeps the budget.
+        """Return the cheapest choice of which a simulation keeps the budget, and that simulation.
 
         Returns `None` where even the least peak that is found is above the budget.
         """
-        allowed = self.accounting.allowed_bytes(budget_bytes)
-        remaining = self.solver.deadline()
-        for _ in range(_MOST_REPAIRS):
-            solution = self.cheapest(allowed, remaining=remaining)
-            if solution is None:
-                break
-            simulation = self.simulate(solution.chosen)
-            excess = self.needed(simulation) - budget_bytes
-            if excess <= 0:
-                self._known.append(solution.chosen)
-                return solution, simulation
-            _log.info("the simulated peak is %d bytes over the timeline's: tightening", excess)
-            allowed -= excess
+        solution = self.cheapest_that_fits(budget_bytes, self._simulated_need)
+        if solution is not None:
+            self._known.append(solution.chosen)
+            return solution, self.simulate(solution.chosen)
         least, simulation = self.least_peak()
         return (least, simulation) if self.needed(simulation) <= budget_bytes else None
 
+    def cheapest_that_fits(
+        self, budget_bytes: int, needed: Callable[[frozenset[int]], int]
+    ) -> Solution | None:
+        """Return the cheapest choice that is found to need no more than a budget.
+
+        What a choice needs, `needed` says; a search knows what it requests. On CUDA the two are
+        not in order, and the known choices are tried as well.
+        """
+
+        def excess(chosen: frozenset[int]) -> int:
+            return needed(chosen) - budget_bytes
+
+        allowed = self.accounting.allowed_bytes(budget_bytes)
+        remaining = self.solver.deadline()
+        reserves = self.accounting.counts_reserved
+        search = functools.partial(self.cheapest, remaining=remaining, roughly=reserves)
+        if not reserves:
+            return tighten(search, excess, allowed, tries=_MOST_REPAIRS)
+        found = bracket(search, excess, allowed, tries=_MOST_TRIED)
+        return self._known_that_fits(allowed, excess, found) or found
+
+    def _known_that_fits(
+        self, allowed: int, excess: Callable[[frozenset[int]], int], best: Solution | None
+    ) -> Solution | None:
+        """Return the first known choice, from the cheapest, that fits and is cheaper than one."""
+        most = best.seconds if best is not None else math.inf
+        cheaper = sorted(
+            (seconds, least, sorted(chosen))
+            for chosen, least in self._least_bytes().items()
+            if least <= allowed and (seconds := self.solver.cost(chosen)) < most
+        )
+        traced = 0
+        for *_, positions in cheaper[:_MOST_TRIED]:
+            chosen = frozenset(positions)
+            likely = self.accounting.allowed_bytes(self.estimated(chosen)) <= allowed * _LIKELY
+            if likely and traced < _MOST_TRACED:
+                traced += 1
+                if excess(chosen) <= 0:
+                    return self.solver.measured(chosen)
+        return None
+
+    def _least_bytes(self) -> dict[frozenset[int], int]:
+        """Bound from below what each known choice requests."""
+        ticks = [tick for tick, _ in self.solver.violations(self._keep_all, 0)]
+        return {chosen: self.solver.least_bytes(chosen, ticks) for chosen in self._known}
+
     def least_peak(self) -> tuple[Solution, Simulation]:
-        """Return the choice of the least peak that is found, and its simulation."""
+        """Return the choice that needs the least, of those that are found, and its simulation."""
         least = self.least_choice()
+        if self.accounting.counts_reserved and self._least_reserved is None:
+            lowest = sorted((size, sorted(c)) for c, size in self._least_bytes().items())
+            tried = {frozenset(c) for _, c in lowest[:_MOST_TRIED]} | {frozenset(self.blocks)}
+            likely = sorted(tried, key=lambda c: (self.estimated(c), sorted(c)))[:_MOST_TRACED]
+            found = min({least.chosen, *likely}, key=lambda c: (self._simulated_need(c), sorted(c)))
+            if found != least.chosen:
+                self._least_reserved = self.solver.measured(found)
+        least = self._least_reserved or least
         return least, self.simulate(least.chosen)
 
     def least_choice(self) -> Solution:
@@ -236,12 +288,19 @@ class Program:
         return solution, self.simulate(chosen)
 
     def cheapest(
-        self, allowed: int, *, remaining: Callable[[], float] | None = None
+        self,
+        allowed: int,
+        *,
+        remaining: Callable[[], float] | None = None,
+        roughly: bool = False,
     ) -> Solution | None:
-        """Return the cheapest choice whose timeline keeps so many bytes, `None` if none does."""
+        """Return the cheapest choice whose timeline keeps so many bytes, `None` if none does.
+
+        To one percent where that is enough: what is unused between blocks moves budgets by more.
+        """
         self._report("choosing what to recompute", 0.6)
         known = [*self._known, *([self._least.chosen] if self._least is not None else [])]
-        return self.solver.cheapest(allowed, known, remaining=remaining)
+        return self.solver.cheapest(allowed, known, remaining=remaining, roughly=roughly)
 
     # -- simulation -------------------------------------------------------------------------------
 
@@ -286,6 +345,24 @@ class Program:
     def needed(self, simulation: Simulation) -> int:
         """Return the least budget that a simulated plan fits, its margin included."""
         return self.accounting.needed_bytes(simulation)
+
+    def _simulated_need(self, chosen: frozenset[int]) -> int:
+        return self.needed(self.simulate(chosen))
+
+    def estimated(self, chosen: Iterable[int]) -> int:
+        """Return the least budget that fits a choice, from the timeline, without another trace.
+
+        What a simulation gives where nothing is recomputed; with regions, the working set of a
+        recomputation is taken as one block.
+        """
+        chosen = frozenset(chosen)
+        if not self.accounting.counts_reserved:
+            return self.accounting.needed_for(self.timeline.curve(chosen).peak_bytes)
+        if chosen not in self._estimated:
+            events = timeline_events(self.timeline, chosen)
+            peaks = self.accounting.peaks(self.trace, events=events)
+            self._estimated[chosen] = self.accounting.needed_for(peaks.reserved_bytes)
+        return self._estimated[chosen]
 
     def _kernel_workspace(
         self, given: Mapping[OpSignature, int] | None

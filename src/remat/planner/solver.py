@@ -90,6 +90,7 @@ class Solver:
         candidates: Iterable[frozenset[int]] = (),
         *,
         remaining: Callable[[], float] | None = None,
+        roughly: bool = False,
     ) -> Solution | None:
         """Return the cheapest choice within the budget, or `None` if there is none.
 
@@ -97,6 +98,7 @@ class Solver:
         ---------
         candidates: choices known from elsewhere; the best that fits is the fallback if time ends.
         remaining: the seconds left, where several calls share one limit (see `deadline`).
+        roughly: whether one percent above the least cost is close enough.
         """
         search = _Search(self, budget_bytes, remaining or self.deadline())
         keep_all = self.timeline.curve(())
@@ -105,7 +107,7 @@ class Solver:
             return search.ended(Outcome.OPTIMAL)
         search.add_rows(keep_all)
         search.start_from(candidates)
-        for gap in _GAPS:
+        for gap in _GAPS[:1] if roughly else _GAPS:
             solution = search.run(gap)
             if solution is None or solution.outcome is not Outcome.OPTIMAL:
                 break
@@ -124,9 +126,7 @@ class Solver:
                 break
             programme = self.programme(ticks, None)
             self.start(programme, best)
-            result = programme.solve(
-                relative_gap=_GAPS[-1], most_work=work, time_limit_s=remaining
-            )
+            result = programme.solve(relative_gap=_GAPS[-1], most_work=work, time_limit_s=remaining)
             solves += 1
             work -= result.work
             chosen = self.chosen(result)

@@ -16,7 +16,6 @@ from remat.program import Program, Step
 from remat.prove.accounting import CONTEXT, target_of
 from remat.regions.fingerprint import device_type_of
 from remat.sizing.deepening import SHALLOW, deepen
-from remat.sizing.estimate import needed_bytes
 from remat.sizing.offers import Price
 from remat.sizing.records import DeviceFit, Mode, Size, Survey
 from remat.sizing.scaling import ScaledTraces
@@ -220,12 +219,12 @@ class Sizer:
     def needed(self, mode: Mode, size: int) -> int:
         """Return the bytes that a step needs in a mode; of `PLANNED`, the least of all modes."""
         program = self.program(mode, size)
-        needed = needed_bytes(program, _least(mode, program))
+        needed = program.estimated(_least(mode, program))
         if mode is Mode.PLANNED:
             # The least peak by the timeline first; reserved bytes may order choices otherwise.
             for other in (Mode.ALL_BLOCKS, Mode.NOTHING):
                 if needed > self.available_bytes:
-                    needed = min(needed, needed_bytes(program, _least(other, program)))
+                    needed = min(needed, program.estimated(_least(other, program)))
         return needed
 
     def largest(self, mode: Mode, at_least: int = 0) -> int:
@@ -251,17 +250,10 @@ class Sizer:
         program = self.program(mode, size)
         if mode is not Mode.PLANNED:
             return program, _least(mode, program)
-        known = [_least(m, program) for m in Mode]
-        allowed = program.accounting.allowed_bytes(self.available_bytes)
-        for _ in range(4):
-            found = program.cheapest(allowed)
-            if found is None:
-                break
-            excess = needed_bytes(program, found.chosen) - self.available_bytes
-            if excess <= 0:
-                return program, found.chosen
-            allowed -= excess
-        return program, min(known, key=lambda chosen: needed_bytes(program, chosen))
+        found = program.cheapest_that_fits(self.available_bytes, program.estimated)
+        if found is not None:
+            return program, found.chosen
+        return program, min((_least(m, program) for m in Mode), key=program.estimated)
 
     def refine(self, size: int) -> bool:
         """Trace the step of a size itself; say whether it differs from what was taken for it."""
@@ -322,7 +314,7 @@ def _sizes(subject: Subject, sizer: Sizer) -> list[Size]:
             Size(
                 mode=mode,
                 largest=largest,
-                needed_bytes=needed_bytes(program, chosen),
+                needed_bytes=program.estimated(chosen),
                 step_seconds=seconds,
                 recompute_fraction=again / program.cost.forward_seconds,
                 samples_per_second=subject.examples(at) * subject.shards / seconds,

@@ -1,32 +1,18 @@
-"""What a choice of regions needs on a device, from the timeline of one trace, without another."""
+"""What the allocator is asked for under a choice of regions, from one trace, without another."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from remat.planner.timeline import Timeline
-from remat.program import Program
 from remat.prove.reserved import Event, event_order
 from remat.trace.records import BASE_KINDS
 
 
-def needed_bytes(program: Program, chosen: Collection[int]) -> int:
-    """Return the least budget that holds a step under the chosen options.
-
-    Equal to what a simulation of the step gives where nothing is recomputed; with regions, the
-    working set of a recomputation is taken as one block.
-    """
-    accounting = program.accounting
-    peak = program.timeline.curve(chosen).peak_bytes
-    if not accounting.counts_reserved:
-        return accounting.needed_for(peak)
-    events = timeline_events(program.timeline, frozenset(chosen))
-    peaks = accounting.peaks(program.trace, events=events)
-    return accounting.needed_for(peaks.reserved_bytes)
-
-
 def timeline_events(timeline: Timeline, chosen: frozenset[int]) -> tuple[Event, ...]:
-    """List the allocations and frees of a step under the chosen options, in order."""
+    """List the allocations and frees of a step under the chosen options, in order.
+
+    Those of the step itself where nothing is chosen; else the working set of a recomputation is
+    taken as one block.
+    """
     fresh = len(timeline.trace.storages)
     spans: list[tuple[int, int, int, int]] = []  # storage, bytes, first and last tick
     for number, storage in enumerate(timeline.trace.storages):

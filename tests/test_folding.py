@@ -101,6 +101,25 @@ def _bytes(row, taken):
     return total
 
 
+def test_plans_of_the_one_chain_are_candidates(monkeypatch):
+    """They are no columns, and still found where nothing else fits; of several chains they are."""
+    model = nn.Sequential(*(Residual(32, 64, True, 0.0) for _ in range(16)))
+    program = Fit(model, torch.randn(1024, 32), loss=square_mean).plain
+    monkeypatch.setattr(folding, "MOST_GROUPS", 8)
+    blocks, plans = find_blocks(program.trace), program.chain_plans
+    nested = {tuple(sorted(plan)) for plan in plans if len(plan) > 1}
+    one = folding.fold(program.trace, program.options, blocks, [plans])
+    several = folding.fold(program.trace, program.options, blocks, [plans[:1], plans[1:]])
+    assert nested.isdisjoint(one.columns)
+    assert nested <= set(several.columns)
+    assert len(one.columns) < len(several.columns)
+    solver = Solver(program.timeline, folding=one)
+    budget = min(program.timeline.curve(plan).peak_bytes for plan in plans)
+    assert solver.cheapest(budget - 1, plans) is None
+    assert solver.cheapest(budget, plans).peak_bytes == budget
+    assert solver.least_peak(plans).peak_bytes <= budget
+
+
 @pytest.mark.slow
 def test_folded_plans_keep_the_budget_and_cost_little_more(monkeypatch):
     """In groups, plans are within the budget, claim no optimum, and lose one group's blocks."""

@@ -6,15 +6,16 @@ into groups, and each column of the programme stands for one decision about a wh
 leaves out plans that treat blocks of a group differently, so what is found is no longer the optimum
 over all options, but each choice is one of the unfolded programme, and its peak is exact.
 
-A plan of a whole chain excludes all else that the chain could do. Where there is one chain, such
-plans and the runs they are made of are no columns: they would stand in every row, which takes the
-search several times as long, and found nothing that the plans themselves, as candidates, are not.
-Where there are several chains, each plan is a column, to be chosen together with those of others.
+A plan of a whole chain excludes all else that the chain could do. Where all blocks are one chain,
+such plans and the runs they are made of are no columns: they would stand in every row, which takes
+the search several times as long, and it found nothing that the plans by themselves, as candidates,
+are not. Elsewhere each plan is a column, to be chosen together with what else there is.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -109,6 +110,8 @@ def fold(
     group_of = _groups(trace, blocks)
     starts = [trace.calls[block].start for block in blocks]
     inside = _block_of(trace, options, blocks)
+    whole = chains[0] if _are_one_chain(options, starts, chains) else ()
+    in_plans = frozenset().union(*whole)
     members: dict[object, list[int]] = {}
     for position, option in enumerate(options):
         block = inside[position]
@@ -119,9 +122,9 @@ def fold(
                 option.host_bytes, _offloaded(option),
             )  # fmt: skip
             members.setdefault(key, []).append(position)
-        elif len(chains) != 1 or not option.parts[0].region.followers:
+        elif position not in in_plans:
             members[position] = [position]
-    plans = itertools.chain.from_iterable(chains if len(chains) > 1 else ())
+    plans = () if whole else itertools.chain.from_iterable(chains)
     columns = tuple(
         dict.fromkeys((*map(tuple, members.values()), *(tuple(sorted(plan)) for plan in plans)))
     )
@@ -130,6 +133,18 @@ def fold(
         for position in column:
             columns_of[position].append(number)
     return Folding(columns, tuple(map(tuple, columns_of)))
+
+
+def _are_one_chain(
+    options: Sequence[Option], starts: Sequence[int], chains: Sequence[Sequence[frozenset[int]]]
+) -> bool:
+    """Whether plans of one chain reach over all blocks; the last one may be kept by all of them."""
+    if len(chains) != 1:
+        return False
+    members = [options[position] for plan in chains[0] for position in plan]
+    first = min((option.start for option in members), default=math.inf)
+    last = max((option.end for option in members), default=-math.inf)
+    return first <= starts[0] and starts[-2] <= last
 
 
 def _offloaded(option: Option) -> tuple[object, ...]:

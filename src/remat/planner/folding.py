@@ -7,9 +7,9 @@ leaves out plans that treat blocks of a group differently, so what is found is n
 over all options, but each choice is one of the unfolded programme, and its peak is exact.
 
 A plan of a whole chain excludes all else that the chain could do. Where all blocks are one chain,
-such plans and the runs they are made of are no columns: they would stand in every row, which takes
-the search several times as long, and it found nothing that the plans by themselves, as candidates,
-are not. Elsewhere each plan is a column, to be chosen together with what else there is.
+such plans are no columns: they would stand in every row, which makes the search longer, and it
+found nothing by them that the plans are not, as candidates. The runs that they are made of stay.
+Elsewhere each plan is a column, to be chosen together with what else there is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MOST_GROUPS = 64
 class Folding:
     """Columns of a programme, each a set of options (their positions) that are chosen together.
 
-    The members of a column never exclude each other; one option may be in several columns, or none.
+    The members of a column never exclude each other; one option may be in several columns.
     """
 
     columns: tuple[tuple[int, ...], ...]
@@ -110,8 +110,6 @@ def fold(
     group_of = _groups(trace, blocks)
     starts = [trace.calls[block].start for block in blocks]
     inside = _block_of(trace, options, blocks)
-    whole = chains[0] if _are_one_chain(options, starts, chains) else ()
-    in_plans = frozenset().union(*whole)
     members: dict[object, list[int]] = {}
     for position, option in enumerate(options):
         block = inside[position]
@@ -122,9 +120,10 @@ def fold(
                 option.host_bytes, _offloaded(option),
             )  # fmt: skip
             members.setdefault(key, []).append(position)
-        elif position not in in_plans:
+        else:
             members[position] = [position]
-    plans = () if whole else itertools.chain.from_iterable(chains)
+    is_chain = _are_one_chain(options, starts, chains)
+    plans = () if is_chain else itertools.chain.from_iterable(chains)
     columns = tuple(
         dict.fromkeys((*map(tuple, members.values()), *(tuple(sorted(plan)) for plan in plans)))
     )

@@ -299,7 +299,9 @@ def draw_front(model: Data, *, width: int = 560, height: int = 320) -> str:
         for row in model["policies"]
         if row["label"] != "keep everything"
     ]
-    planned = [row for row in (*model["sweep"], *model["rows"]) if row.get("fraction") is not None]
+    # Budgets of the sweep are far apart where the curve is steep: all others belong to it as well.
+    rows = (*model["sweep"], *model["rows"], *model["targets"])
+    planned = [row for row in rows if row.get("fraction") is not None]
     front = [
         {"peak": row["predicted_bytes"] / _MIB, "share": row["fraction"] * 100, "who": "remat"}
         for row in sorted(planned, key=lambda row: row["predicted_bytes"])

@@ -1,5 +1,6 @@
 """Workloads are loaded by name, and their data gives the same batches every time."""
 
+import os
 import sys
 
 import pytest
@@ -32,6 +33,18 @@ def test_load_workload_function_is_called(write_workload):
         """
     )
     assert load_workload(f"{path}:make").name == "made"
+
+
+def test_load_workload_runs_the_file_as_it_is_now(write_workload, monkeypatch):
+    """A change within the second that leaves size and time alike is seen: no bytecode is reused."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    text = 'import remat\nworkload = remat.Workload(name="{}", model=list, train_data=[1])\n'
+    path = write_workload(text.format("one"))
+    before = path.stat()
+    assert load_workload(str(path)).name == "one"
+    path.write_text(text.format("two"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_workload(str(path)).name == "two"
 
 
 def test_load_workload_from_package_in_the_working_directory(write_workload, tmp_path, monkeypatch):

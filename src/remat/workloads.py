@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -11,7 +12,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from remat.errors import WorkloadError
@@ -244,14 +245,13 @@ def _import_file(path: Path) -> ModuleType:
         raise WorkloadError(f"workload {str(path)!r} is not a Python file: expected {_EXPECTED}.")
     path = path.resolve()
     name = f"remat_workload_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None  # the suffix is .py
-    assert spec.loader is not None
+    loader = _SourceLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None  # the loader is given
     module = importlib.util.module_from_spec(spec)
     _make_importable(path.parent)
     previous = sys.modules.get(name)
     sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
-    loader = spec.loader
     try:
         _run_import(lambda: loader.exec_module(module), str(path))
     except BaseException:
@@ -261,6 +261,18 @@ def _import_file(path: Path) -> ModuleType:
             sys.modules[name] = previous
         raise
     return module
+
+
+class _SourceLoader(importlib.machinery.SourceFileLoader):
+    """Runs a file's source as it is now.
+
+    Python's cache of bytecode goes by the file's size and its time in seconds: a file that was
+    changed within the second would run, and be recorded, as what it was before.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
 
 
 def _import_module(name: str) -> ModuleType:

@@ -76,6 +76,20 @@ def test_solution_does_not_depend_on_what_was_solved_before():
     assert Solver(fit.timeline).cheapest(budgets[3]) == one_way[budgets[3]]
 
 
+def test_rough_search_is_within_a_percent_and_claims_no_optimum():
+    """One percent above the least cost at most, never called optimal, within the budget."""
+    fit = small_fit("blocks")
+    least = fit.solver.least_peak().peak_bytes
+    for budget in rising(least, fit.keep_all_peak_bytes, 5)[1:-1]:
+        rough = fit.solver.cheapest(budget, roughly=True)
+        best = fit.solver.cheapest(budget)
+        assert rough.outcome is Outcome.FEASIBLE
+        assert best.outcome is Outcome.OPTIMAL
+        assert rough.peak_bytes <= budget
+        assert best.seconds <= rough.seconds <= 1.01 * best.seconds
+        assert rough.bound_seconds <= best.seconds * (1 + 1e-5)
+
+
 def test_search_with_little_work_is_repeatable_and_keeps_the_budget():
     """A search cut short by its share of work says so, is no dearer than what it was given."""
     fit = small_fit("blocks")

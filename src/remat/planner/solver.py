@@ -98,7 +98,8 @@ class Solver:
         ---------
         candidates: choices known from elsewhere; the best that fits is the fallback if time ends.
         remaining: the seconds left, where several calls share one limit (see `deadline`).
-        roughly: whether one percent above the least cost is close enough.
+        roughly: whether one percent above the least cost is close enough; then none is called
+            optimal, but that of recomputing nothing.
         """
         search = _Search(self, budget_bytes, remaining or self.deadline())
         keep_all = self.timeline.curve(())
@@ -111,7 +112,7 @@ class Solver:
             solution = search.run(gap)
             if solution is None or solution.outcome is not Outcome.OPTIMAL:
                 break
-        return self._judged(solution) if solution is not None else None
+        return self._judged(solution, is_rough=roughly) if solution is not None else None
 
     def least_peak(self, candidates: Iterable[frozenset[int]] = ()) -> Solution:
         """Return the choice with the lowest peak that was found."""
@@ -151,11 +152,13 @@ class Solver:
             dataclasses.replace(best, outcome=outcome, num_rows=len(ticks), num_solves=solves)
         )
 
-    def _judged(self, solution: Solution) -> Solution:
-        """Take back the claim of an optimum where the programme had not every choice."""
-        if self._folding.has_every_choice or solution.outcome is not Outcome.OPTIMAL:
+    def _judged(self, solution: Solution, *, is_rough: bool = False) -> Solution:
+        """Take back the claim of an optimum where the search was rough, or had not every choice."""
+        if solution.outcome is not Outcome.OPTIMAL:
             return solution
-        return dataclasses.replace(solution, outcome=Outcome.FEASIBLE, bound_seconds=0.0)
+        if not self._folding.has_every_choice:
+            return dataclasses.replace(solution, outcome=Outcome.FEASIBLE, bound_seconds=0.0)
+        return dataclasses.replace(solution, outcome=Outcome.FEASIBLE) if is_rough else solution
 
     def _least_of(self, candidates: Iterable[frozenset[int]]) -> Solution:
         """Return the candidate with the lowest peak, looking at no more curves than needed."""

@@ -254,8 +254,8 @@ class Program:
             tried = {frozenset(c) for _, c in lowest[:_MOST_TRIED]} | {frozenset(self.blocks)}
             likely = sorted(tried, key=lambda c: (self.estimated(c), sorted(c)))[:_MOST_TRACED]
             found = min({least.chosen, *likely}, key=lambda c: (self._simulated_need(c), sorted(c)))
-            if found != least.chosen:
-                self._least_reserved = self.solver.measured(found)
+            same = found == least.chosen
+            self._least_reserved = least if same else self.solver.measured(found)
         least = self._least_reserved or least
         return least, self.simulate(least.chosen)
 
